@@ -1,0 +1,72 @@
+"""Exact match: greedy answers to problems whose answer can be checked."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from e3jax import config
+from e3jax.data.text import Problem
+from e3jax.errors import UserError
+from e3jax.models.config import ModelConfig
+from e3jax.models.decoder import Params
+from e3jax.models.generate import generate, make_greedy
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One problem and what the model made of it."""
+
+    prompt: str
+    expected: str
+    found: str | None  # the last match of the answer pattern, None = no match
+    text: str
+    ended: bool  # an end-of-sequence token came within the limit
+
+    @property
+    def correct(self) -> bool:
+        return self.found == self.expected
+
+
+def answer_pattern(pattern: str) -> re.Pattern[str]:
+    """Compiles `evaluate.answer`. Raises UserError unless it is a pattern with one group."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"evaluate.answer={pattern!r}: not a regular expression: {error}") from error
+    if compiled.groups != 1:
+        raise UserError(f"evaluate.answer={pattern!r}: expected exactly one group, the answer")
+    return compiled
+
+
+def solve(
+    params: Params,
+    cfg: ModelConfig,
+    problems: Sequence[Problem],
+    tokenizer: Any,
+    spec: config.Evaluate,
+    *,
+    eos: Sequence[int],
+    dtype: Any,
+) -> list[Answer]:
+    """Greedy answers to all problems, in order."""
+    pattern = answer_pattern(spec.answer)
+    limit = min(spec.max_new_tokens, cfg.max_position - max(len(p.prompt_ids) for p in problems))
+    if limit < 1:
+        raise UserError(f"a prompt of the test data fills the model's context of {cfg.max_position}")
+    greedy = make_greedy(cfg, dtype=dtype, max_new_tokens=limit, eos=eos)
+    prompts = [p.prompt_ids for p in problems]
+    answers = []
+    for problem, ids in zip(problems, generate(greedy, params, prompts, spec.batch), strict=True):
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        found = pattern.findall(text)
+        answers.append(
+            Answer(
+                prompt=problem.prompt,
+                expected=problem.answer,
+                found=found[-1].strip() if found else None,
+                text=text,
+                ended=bool(ids) and ids[-1] in set(eos),
+            )
+        )
+    return answers

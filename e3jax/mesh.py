@@ -1,0 +1,105 @@
+"""The device mesh, and the only place that knows the names of its axes.
+
+Every axis is explicit (`AxisType.Explicit`): shardings are part of array types, so a mistake is an
+error while tracing, on any machine, not a silent gather on a pod.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from e3jax.errors import UserError
+
+AXES = ("replica", "data", "model")
+BATCH = ("replica", "data")
+
+# Logical axis -> mesh axes. FSDP shards the width of every weight over `data`; tensor parallelism
+# shards heads, mlp and vocabulary over `model`; rows of a batch are spread over both data axes.
+RULES: dict[str, str | tuple[str, ...]] = {
+    "batch": BATCH,
+    "embed": "data",
+    "heads": "model",
+    "mlp": "model",
+    "vocab": "model",
+}
+
+
+def make_mesh(
+    replica: int = 1, data: int = -1, model: int = 1, devices: Sequence[Any] | None = None
+) -> jax.sharding.Mesh:
+    """A (replica, data, model) mesh of explicit axes; `data=-1` takes all remaining devices.
+
+    Raises UserError when the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if data == -1:
+        data = len(devices) // (replica * model)
+    if replica * data * model != len(devices):
+        raise UserError(
+            f"mesh: replica={replica} x data={data} x model={model} needs "
+            f"{replica * data * model} devices and there are {len(devices)}; change the mesh sizes"
+        )
+    shape = (replica, data, model)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+
+
+def current() -> jax.sharding.AbstractMesh | None:
+    """The mesh set by `jax.set_mesh`, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+def axis_size(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
+    """Devices along a spec entry."""
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    return int(np.prod([mesh.shape[n] for n in names], dtype=int))
+
+
+def spec(axes: Sequence[str | None], shape: Sequence[int] | None = None) -> P:
+    """Logical axes -> PartitionSpec by RULES.
+
+    With `shape` and a mesh set, a dimension that the mesh axis does not divide is replicated.
+    """
+    entries = [None if a is None else RULES.get(a) for a in axes]
+    mesh = current()
+    if shape is not None and mesh is not None:
+        entries = [
+            e if size % axis_size(mesh, e) == 0 else None
+            for e, size in zip(entries, shape, strict=True)
+        ]
+    return P(*entries)
+
+
+def sharding(axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding | None:
+    """The sharding of an array with these logical axes under the mesh that is set, or None."""
+    mesh = jax.sharding.get_mesh() if current() is not None else None
+    return None if mesh is None or mesh.empty else NamedSharding(mesh, spec(axes, shape))
+
+
+def out(axes: Sequence[str | None], shape: Sequence[int] | None = None) -> P | None:
+    """`out_sharding` of an operation inside jit: the spec, or None where no mesh is set."""
+    return None if current() is None else spec(axes, shape)
+
+
+def replicate(tree: Any) -> Any:
+    """Every leaf whole on every device of the mesh that is set (host arrays or device arrays)."""
+    place = sharding(())
+    return jax.tree.map(
+        lambda x: jax.device_put(x) if place is None else jax.device_put(x, place), tree
+    )
+
+
+def shard_batch(tree: Any) -> Any:
+    """Process-local numpy rows -> global arrays with axis 0 spread over the batch axes."""
+
+    def one(x: np.ndarray) -> jax.Array:
+        place = sharding(("batch",) + (None,) * (np.ndim(x) - 1))
+        if place is None:
+            return jax.device_put(x)
+        return jax.make_array_from_process_local_data(place, np.asarray(x))
+
+    return jax.tree.map(one, tree)

@@ -1,0 +1,306 @@
+"""One decoder for every family: parameters, partition specs, the forward pass with layer gates.
+
+Axes: B batch, T time, S keys, D width, K key-value heads, G query heads a key-value head, H head
+width, F mlp width, V vocabulary, L layers. Query head n is k * G + g.
+
+Parameters are a nested dict; the layers are stacked on axis 0, so that removing layers is a slice
+and the compile time does not grow with depth.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from e3jax import mesh
+from e3jax.models import rope
+from e3jax.models.attention import attend, causal_mask
+from e3jax.models.config import ModelConfig
+from e3jax.models.gate import apply_gate
+
+Params = dict[str, Any]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+}
+
+
+@flax.struct.dataclass
+class Batch:
+    """Packed windows. All [B, T]: int32 but for the mask."""
+
+    tokens: jax.Array
+    positions: jax.Array  # within the document
+    segments: jax.Array  # 0 = padding, 1.. = documents of the window
+    targets: jax.Array  # the token at t + 1
+    mask: jax.Array  # bool: the prediction made at t carries loss
+
+
+class Leaf(NamedTuple):
+    """One parameter: its shape, the logical name of each axis, and the scale it starts with."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: float | None  # standard deviation; 0 = zeros, None = ones
+
+
+def param_table(cfg: ModelConfig) -> Params:
+    """Every parameter of the model as a nested dict of Leaf: the one source of shapes and specs."""
+    L, D, F, V = cfg.num_layers, cfg.width, cfg.mlp_width, cfg.vocab_size
+    K, G, H = cfg.num_kv_heads, cfg.num_groups, cfg.head_dim
+    std = 0.02
+    std_out = std / math.sqrt(2 * L)  # GPT-2: residual branches add up over depth
+
+    def layer(shape: tuple[int, ...], axes: tuple[str | None, ...], init: float | None) -> Leaf:
+        return Leaf((L, *shape), (None, *axes), init)
+
+    layers = {
+        "attn_norm": layer((D,), (None,), None),
+        "q": layer((D, K, G, H), ("embed", "heads", None, None), std),
+        "k": layer((D, K, H), ("embed", "heads", None), std),
+        "v": layer((D, K, H), ("embed", "heads", None), std),
+        "o": layer((K, G, H, D), ("heads", None, None, "embed"), std_out),
+        "mlp_norm": layer((D,), (None,), None),
+        "gate": layer((D, F), ("embed", "mlp"), std),
+        "up": layer((D, F), ("embed", "mlp"), std),
+        "down": layer((F, D), ("mlp", "embed"), std_out),
+    }
+    if cfg.qkv_bias:
+        layers["q_bias"] = layer((K, G, H), ("heads", None, None), 0.0)
+        layers["k_bias"] = layer((K, H), ("heads", None), 0.0)
+        layers["v_bias"] = layer((K, H), ("heads", None), 0.0)
+    if cfg.out_bias:
+        layers["o_bias"] = layer((D,), (None,), 0.0)
+    if cfg.qk_norm:
+        layers["q_norm"] = layer((H,), (None,), None)
+        layers["k_norm"] = layer((H,), (None,), None)
+    if cfg.mlp_bias:
+        layers["gate_bias"] = layer((F,), ("mlp",), 0.0)
+        layers["up_bias"] = layer((F,), ("mlp",), 0.0)
+        layers["down_bias"] = layer((D,), (None,), 0.0)
+    table: Params = {
+        "embed": Leaf((V, D), ("vocab", "embed"), std),
+        "layers": layers,
+        "final_norm": Leaf((D,), (None,), None),
+    }
+    if not cfg.tied:
+        table["head"] = Leaf((D, V), ("embed", "vocab"), std)
+    return table
+
+
+def _map_table(fn: Callable[[Leaf], Any], cfg: ModelConfig) -> Params:
+    return jax.tree.map(fn, param_table(cfg), is_leaf=lambda x: isinstance(x, Leaf))
+
+
+def param_specs(cfg: ModelConfig) -> Params:
+    """PartitionSpec of every parameter under the mesh that is set."""
+    return _map_table(lambda leaf: mesh.spec(leaf.axes, leaf.shape), cfg)
+
+
+def abstract_params(cfg: ModelConfig, dtype: Any = jnp.float32) -> Params:
+    """ShapeDtypeStruct of every parameter, with its sharding where a mesh is set."""
+    return _map_table(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, dtype, sharding=mesh.sharding(leaf.axes, leaf.shape)
+        ),
+        cfg,
+    )
+
+
+def count_params(cfg: ModelConfig) -> int:
+    """Parameters, a tied head counted once."""
+    leaves = jax.tree.leaves(param_table(cfg), is_leaf=lambda x: isinstance(x, Leaf))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+def init_params(key: jax.Array, cfg: ModelConfig, dtype: Any = jnp.float32) -> Params:
+    """Random parameters: normal matrices, unit norms, zero biases; never whole on one device."""
+    is_leaf = lambda x: isinstance(x, Leaf)  # noqa: E731
+    leaves, tree = jax.tree.flatten(param_table(cfg), is_leaf=is_leaf)
+
+    def draw(key: jax.Array) -> Params:
+        keys = jax.random.split(key, len(leaves))
+        arrays = []
+        for leaf, k in zip(leaves, keys, strict=True):
+            if leaf.init is None:
+                x = jnp.ones(leaf.shape, dtype)
+            else:
+                x = (leaf.init * jax.random.normal(k, leaf.shape)).astype(dtype)
+            arrays.append(x)
+        return jax.tree.unflatten(tree, arrays)
+
+    shardings = None
+    if mesh.current() is not None:
+        shardings = jax.tree.map(lambda a: a.sharding, abstract_params(cfg, dtype))
+    return jax.jit(draw, out_shardings=shardings)(key)
+
+
+def take_layers(params: Params, keep: Sequence[int]) -> Params:
+    """The model made of layers `keep`: the same parameters, the stack sliced."""
+    index = jnp.asarray(keep, jnp.int32)
+    return {**params, "layers": jax.tree.map(lambda w: w[index], params["layers"])}
+
+
+def _precision(dtype: Any) -> jax.lax.Precision | None:
+    """float32 means float32: without this an accelerator multiplies in tf32 or bfloat16."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def _project(expr: str, x: jax.Array, w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """einsum of activations and a weight, in the activations' dtype, with the result's sharding."""
+    shape = jax.eval_shape(lambda a, b: jnp.einsum(expr, a, b), *map(_untyped, (x, w))).shape
+    return jnp.einsum(
+        expr,
+        x,
+        w.astype(x.dtype),
+        precision=_precision(x.dtype),
+        out_sharding=mesh.out(axes, shape),
+    )
+
+
+def _untyped(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, jnp.float32)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, in float32; returns x's dtype."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+Extend = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def attention(
+    w: Params,
+    x_btd: jax.Array,
+    cos_sin: tuple[jax.Array, jax.Array],
+    mask_bts: jax.Array,
+    cfg: ModelConfig,
+    extend: Extend = lambda k, v: (k, v),
+) -> jax.Array:
+    """Self-attention. `extend` turns the new keys and values into all there are (a KV cache)."""
+    q = _project("btd,dkgh->btkgh", x_btd, w["q"], ("batch", None, "heads", None, None))
+    k = _project("btd,dkh->btkh", x_btd, w["k"], ("batch", None, "heads", None))
+    v = _project("btd,dkh->btkh", x_btd, w["v"], ("batch", None, "heads", None))
+    if cfg.qkv_bias:
+        q, k, v = (y + w[f"{n}_bias"].astype(y.dtype) for n, y in zip("qkv", (q, k, v), strict=True))
+    if cfg.qk_norm:
+        q = rms_norm(q, w["q_norm"], cfg.norm_eps)
+        k = rms_norm(k, w["k_norm"], cfg.norm_eps)
+    q, k = rope.rotate(q, cos_sin), rope.rotate(k, cos_sin)
+    k, v = extend(k, v)
+    y = attend(q, k, v, mask_bts, _precision(x_btd.dtype))
+    y = _project("btkgh,kghd->btd", y, w["o"], ("batch", None, None))
+    return y + w["o_bias"].astype(y.dtype) if cfg.out_bias else y
+
+
+def mlp(w: Params, x_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """Gated feed-forward network."""
+    gate = _project("btd,df->btf", x_btd, w["gate"], ("batch", None, "mlp"))
+    up = _project("btd,df->btf", x_btd, w["up"], ("batch", None, "mlp"))
+    if cfg.mlp_bias:
+        gate, up = gate + w["gate_bias"].astype(gate.dtype), up + w["up_bias"].astype(up.dtype)
+    y = ACTIVATIONS[cfg.activation](gate) * up
+    y = _project("btf,fd->btd", y, w["down"], ("batch", None, None))
+    return y + w["down_bias"].astype(y.dtype) if cfg.mlp_bias else y
+
+
+def layer(
+    w: Params,
+    h_btd: jax.Array,
+    cos_sin: tuple[jax.Array, jax.Array],
+    mask_bts: jax.Array,
+    cfg: ModelConfig,
+    extend: Extend = lambda k, v: (k, v),
+) -> jax.Array:
+    """One decoder layer, residual stream in and out; `w` has no layer axis."""
+    x = rms_norm(h_btd, w["attn_norm"], cfg.norm_eps)
+    h_btd = h_btd + attention(w, x, cos_sin, mask_bts, cfg, extend)
+    return h_btd + mlp(w, rms_norm(h_btd, w["mlp_norm"], cfg.norm_eps), cfg)
+
+
+def embed(params: Params, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """Token embeddings [B, T, D]."""
+    place = mesh.out(("batch", None, None))
+    return params["embed"].at[tokens].get(out_sharding=place).astype(dtype)
+
+
+def window_kinds(cfg: ModelConfig) -> tuple[tuple[int | None, ...], jax.Array]:
+    """The distinct sliding windows of the model, and which of them each layer uses, int32 [L]."""
+    kinds = tuple(dict.fromkeys(cfg.windows))
+    return kinds, jnp.asarray([kinds.index(w) for w in cfg.windows], jnp.int32)
+
+
+def hidden(
+    params: Params,
+    batch: Batch,
+    cfg: ModelConfig,
+    *,
+    dtype: Any,
+    gates_bl: jax.Array | None = None,
+    layer_ids: jax.Array | None = None,
+    remat: str = "layer",
+    observe: Callable[[jax.Array, jax.Array], Any] | None = None,
+) -> Any:
+    """Final hidden states [B, T, D] in `dtype`, after the last norm: what the head reads.
+
+    gates_bl: float32 [B, L] of 0 and 1, a mask a row; a gate of 0 skips the layer exactly, and the
+      gradient reaches every gate (see gate.py).
+    layer_ids: int32 [K]: run only these layers, in this order, without copying their weights.
+    remat: "layer" recomputes each layer in backward from its input; "none" keeps everything.
+    observe: statistics of (residual stream into, out of) each layer; then the result is a pair
+      (hidden states, statistics stacked on axis 0). Layer outputs are before the final norm.
+    """
+    assert gates_bl is None or layer_ids is None, "gates are for the whole stack"
+    cos_sin = rope.angles(batch.positions, cfg.rope, cfg.head_dim)
+    kinds, kind_l = window_kinds(cfg)
+    masks = [causal_mask(batch.segments, window) for window in kinds]
+    gates_lb = None if gates_bl is None else gates_bl.T
+
+    def body(h: jax.Array, xs: tuple) -> tuple[jax.Array, Any]:
+        w, kind, gate_b = xs
+        if layer_ids is not None:
+            w = jax.tree.map(lambda stack: stack[kind], params["layers"])
+            kind = kind_l[kind]
+        mask = masks[0] if len(kinds) == 1 else jax.lax.select_n(kind, *masks)
+        y = layer(w, h, cos_sin, mask, cfg)
+        stats = None if observe is None else observe(h, y)
+        return (y if gate_b is None else apply_gate(h, y, gate_b)), stats
+
+    if remat == "layer":
+        body = jax.checkpoint(body, prevent_cse=False)
+    h = embed(params, batch.tokens, dtype)
+    if layer_ids is None:
+        xs = (params["layers"], kind_l, gates_lb)
+    else:
+        xs = (None, jnp.asarray(layer_ids, jnp.int32), None)
+    h, stats = jax.lax.scan(body, h, xs)
+    h = rms_norm(h, params["final_norm"], cfg.norm_eps)
+    return h if observe is None else (h, stats)
+
+
+def head(params: Params, cfg: ModelConfig) -> jax.Array:
+    """Output head [D, V], as stored."""
+    return params["embed"].T if cfg.tied else params["head"]
+
+
+def logits(params: Params, h_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """float32 [B, T, V]; for short sequences (decoding, tests): losses never form it whole."""
+    w = head(params, cfg).astype(h_btd.dtype)
+    return jnp.einsum(
+        "btd,dv->btv",
+        h_btd,
+        w,
+        precision=_precision(h_btd.dtype),
+        preferred_element_type=jnp.float32,
+        out_sharding=mesh.out(("batch", None, "vocab"), (h_btd.shape[0], 1, w.shape[1])),
+    )

@@ -1,0 +1,135 @@
+"""Greedy decoding with a key-value cache: batched, one jit, stops when every row has ended.
+
+Prompts are padded on the left, so every row writes the same column of the cache at each step.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from e3jax import mesh
+from e3jax.models import decoder, rope
+from e3jax.models.attention import causal_mask
+from e3jax.models.config import ModelConfig
+from e3jax.models.decoder import Params
+
+CACHE = (None, "batch", None, "heads", None)  # [L, B, S, K, H]
+
+
+def left_pad(prompts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and segments (0 = padding, 1 = prompt), both int32 [B, width]."""
+    tokens = np.zeros((len(prompts), width), np.int32)
+    segments = np.zeros_like(tokens)
+    for row, ids in enumerate(prompts):
+        tokens[row, width - len(ids) :] = ids
+        segments[row, width - len(ids) :] = 1
+    return tokens, segments
+
+
+def make_greedy(
+    cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Sequence[int]
+) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
+    """A jitted (params, tokens [B, T], segments [B, T]) -> int32 [B, max_new_tokens].
+
+    Rows hold the generated ids up to and including the first of `eos`, then -1.
+    """
+    kinds, kind_l = decoder.window_kinds(cfg)
+    eos_ids = jnp.asarray(list(eos) or [-1], jnp.int32)
+
+    def next_token(params: Params, h_btd: jax.Array) -> jax.Array:
+        h = decoder.rms_norm(h_btd[:, -1:], params["final_norm"], cfg.norm_eps)
+        scores = decoder.logits(params, h, cfg)[:, 0]
+        if mesh.current() is not None:  # argmax needs the whole vocabulary
+            scores = jax.sharding.reshard(scores, mesh.spec(("batch", None)))
+        return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+    def forward(
+        params: Params,
+        tokens: jax.Array,
+        positions: jax.Array,
+        masks: list[jax.Array],
+        cache: tuple[jax.Array, jax.Array],
+        column: jax.Array | int,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Runs all layers on new tokens whose keys and values go to `column` of the cache on."""
+        cos_sin = rope.angles(positions, cfg.rope, cfg.head_dim)
+
+        def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
+            h, cache = carry
+            w, kind, index = xs
+
+            def extend(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+                nonlocal cache
+                at = (index, 0, column, 0, 0)
+                cache = tuple(
+                    jax.lax.dynamic_update_slice(stack, new[None], at)
+                    for stack, new in zip(cache, (k, v), strict=True)
+                )
+                return cache[0][index], cache[1][index]
+
+            mask = masks[0] if len(masks) == 1 else jax.lax.select_n(kind, *masks)
+            h = decoder.layer(w, h, cos_sin, mask, cfg, extend)
+            return (h, cache), None
+
+        h = decoder.embed(params, tokens, dtype)
+        index_l = jnp.arange(cfg.num_layers)
+        (h, cache), _ = jax.lax.scan(body, (h, cache), (params["layers"], kind_l, index_l))
+        return h, cache
+
+    @jax.jit
+    def greedy(params: Params, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+        rows, width = tokens.shape
+        total = width + max_new_tokens
+        shape = (cfg.num_layers, rows, total, cfg.num_kv_heads, cfg.head_dim)
+        cache = tuple(
+            jnp.zeros(shape, dtype, out_sharding=mesh.out(CACHE, shape)) for _ in range(2)
+        )
+        pad = width - jnp.sum(segments, axis=1)
+        # Padding is segment 0; what will be generated belongs to the prompt's segment, 1.
+        ahead = jnp.pad(segments, ((0, 0), (0, max_new_tokens)), constant_values=1)
+        masks = [causal_mask(ahead, window) for window in kinds]
+        positions = jnp.maximum(jnp.arange(width)[None] - pad[:, None], 0)
+        prefill = [mask[:, :width] for mask in masks]
+        h, cache = forward(params, tokens, positions, prefill, cache, 0)
+        first = next_token(params, h)
+        answer = jnp.pad(tokens[:, :0], ((0, 0), (0, max_new_tokens)), constant_values=-1)
+
+        def running(state: tuple) -> jax.Array:
+            step, _, done, _, _ = state
+            return (step < max_new_tokens) & ~jnp.all(done)
+
+        def decode(state: tuple) -> tuple:
+            step, token, done, answer, cache = state
+            token = jnp.where(done, -1, token)
+            answer = jax.lax.dynamic_update_slice(answer, token[:, None], (0, step))
+            done |= jnp.any(token[:, None] == eos_ids, axis=1)
+            column = width + step
+            now = [jax.lax.dynamic_slice_in_dim(mask, column, 1, 1) for mask in masks]
+            h, cache = forward(
+                params, jnp.maximum(token, 0)[:, None], (column - pad)[:, None], now, cache, column
+            )
+            return step + 1, next_token(params, h), done, answer, cache
+
+        state = (jnp.int32(0), first, jnp.zeros_like(first, bool), answer, cache)
+        return jax.lax.while_loop(running, decode, state)[3]
+
+    return greedy
+
+
+def generate(
+    greedy: Callable[[Params, jax.Array, jax.Array], jax.Array],
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    batch: int,
+) -> Iterator[list[int]]:
+    """Answers to all prompts in order, as token ids without the padding; one compilation."""
+    width = -(-max(map(len, prompts)) // 16) * 16
+    for start in range(0, len(prompts), batch):
+        part = list(prompts[start : start + batch])
+        filled = part + [part[0]] * (batch - len(part))
+        answers = greedy(params, *mesh.shard_batch(left_pad(filled, width)))
+        for row in np.asarray(answers)[: len(part)]:
+            yield [int(t) for t in row if t >= 0]

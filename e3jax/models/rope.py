@@ -1,0 +1,73 @@
+"""Rotary position embeddings, always in float32: bfloat16 angles turn position 257 into 256."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from e3jax.models.config import Rope
+
+
+def inverse_frequencies(rope: Rope, head_dim: int, length: jax.Array | int = 0) -> jax.Array:
+    """Angle a token of each of the H/2 planes, float32.
+
+    `length` is the longest position of the batch plus one; only `dynamic` looks at it.
+    """
+    dims = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
+    if rope.kind == "dynamic":
+        length = jnp.maximum(length, rope.original_max_position).astype(jnp.float32)
+        stretch = rope.factor * length / rope.original_max_position - (rope.factor - 1)
+        theta = rope.theta * stretch ** (head_dim / (head_dim - 2))
+        return 1.0 / theta**dims
+    freqs = 1.0 / rope.theta**dims
+    if rope.kind == "linear":
+        freqs = freqs / rope.factor
+    elif rope.kind == "llama3":
+        freqs = _llama3(freqs, rope)
+    elif rope.kind == "yarn":
+        freqs = _yarn(freqs, rope, head_dim)
+    return jnp.asarray(freqs, jnp.float32)
+
+
+def _llama3(freqs: np.ndarray, rope: Rope) -> np.ndarray:
+    """Long waves are slowed by `factor`, short ones kept, those between interpolated."""
+    wavelength = 2 * math.pi / freqs
+    context = rope.original_max_position
+    smooth = (context / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return smooth * freqs + (1 - smooth) * freqs / rope.factor
+
+
+def _yarn(freqs: np.ndarray, rope: Rope, head_dim: int) -> np.ndarray:
+    """NTK-by-parts (arXiv 2309.00071): planes that turn often in the old context keep their speed."""
+
+    def plane_turning(times: float) -> float:
+        per_turn = rope.original_max_position / (times * 2 * math.pi)
+        return head_dim * math.log(per_turn) / (2 * math.log(rope.theta))
+
+    low, high = plane_turning(rope.beta_fast), plane_turning(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (np.arange(head_dim // 2, dtype=np.float32) - low) / max(high - low, 1e-3)
+    slowed = np.clip(ramp, 0.0, 1.0)
+    return slowed * freqs / rope.factor + (1 - slowed) * freqs
+
+
+def angles(positions_bt: jax.Array, rope: Rope, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, each float32 [B, T, H/2]."""
+    freqs = inverse_frequencies(rope, head_dim, jnp.max(positions_bt) + 1)
+    turn = positions_bt.astype(jnp.float32)[..., None] * freqs
+    return jnp.cos(turn) * rope.attention_factor, jnp.sin(turn) * rope.attention_factor
+
+
+def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates [B, T, ..., H] by the half-split convention of Hugging Face; keeps x's dtype."""
+    cos, sin = (
+        jnp.expand_dims(a, tuple(range(2, x.ndim - 1))) for a in cos_sin
+    )  # [B, T, 1.., H/2]
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)

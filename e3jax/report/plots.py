@@ -1,0 +1,86 @@
+"""The run's figures as PNG: what was kept, what each layer is worth, how the losses fell."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+KEPT, REMOVED, INK = "#1f6f8b", "#d1495b", "#333333"
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure without pyplot: no global state, no display."""
+    figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def kept_layers(
+    path: pathlib.Path, steps: Sequence[int], probability_sl: np.ndarray, keep: Sequence[int]
+) -> None:
+    """Heat map of the probability of keeping each layer over the search; the answer on the right.
+
+    probability_sl: [scored steps, L], between 0 and 1.
+    """
+    layers = probability_sl.shape[1]
+    figure, axes = _figure(7.5, 0.6 + 0.19 * layers)
+    axes.spines[:].set_visible(False)
+    edges = np.append(np.asarray(steps, float), steps[-1] + max(1, steps[-1] // max(1, len(steps))))
+    mesh = axes.pcolormesh(
+        edges, np.arange(layers + 1) - 0.5, probability_sl.T, cmap="viridis", vmin=0, vmax=1
+    )
+    margin = 0.03 * (edges[-1] - edges[0])
+    for layer in range(layers):
+        colour = KEPT if layer in keep else REMOVED
+        axes.add_patch(
+            _box(edges[-1] + margin, layer - 0.42, margin, 0.84, colour)  # the answer, as a stripe
+        )
+    axes.set_xlim(edges[0], edges[-1] + 2.5 * margin)
+    axes.set(xlabel="search step", ylabel="layer", yticks=range(0, layers, max(1, layers // 16)))
+    axes.invert_yaxis()
+    figure.colorbar(mesh, ax=axes, label="probability of being kept", pad=0.01)
+    axes.set_title(f"{len(keep)} of {layers} layers kept (right: blue kept, red removed)", fontsize=10)
+    figure.savefig(path)
+
+
+def _box(x: float, y: float, width: float, height: float, colour: str) -> Rectangle:
+    return Rectangle((x, y), width, height, color=colour, clip_on=False)
+
+
+def importance(path: pathlib.Path, kl_l: Sequence[float], keep: Sequence[int]) -> None:
+    """KL importance of each layer, log scale, coloured by whether it was kept."""
+    figure, axes = _figure(7.5, 3.0)
+    colours = [KEPT if i in keep else REMOVED for i in range(len(kl_l))]
+    axes.bar(range(len(kl_l)), np.maximum(kl_l, 1e-8), color=colours)
+    axes.set(yscale="log", xlabel="layer", ylabel="KL without it (nats/token)")
+    axes.set_title("Importance of each layer (blue kept, red removed)", fontsize=10)
+    figure.savefig(path)
+
+
+def curves(
+    path: pathlib.Path,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    log: bool = True,
+) -> None:
+    """Named (x, y) curves in one picture; non-finite values are left out."""
+    figure, axes = _figure(7.5, 3.4)
+    for name, (x, y) in series.items():
+        xs, ys = np.asarray(x, float), np.asarray(y, float)
+        good = np.isfinite(ys) & ((ys > 0) | (not log))
+        axes.plot(xs[good], ys[good], label=name, linewidth=1.4, marker="." if len(xs) < 30 else None)
+    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+    axes.grid(alpha=0.25)
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    axes.set_title(title, fontsize=10)
+    figure.savefig(path)

@@ -1,0 +1,183 @@
+"""Stage 1: the differentiable search of a layer mask (E3-Pruner, arXiv 2511.17205, section on masks).
+
+theta [L] scores the layers; each step draws one exact Gumbel-TopK mask a row of the batch, runs the
+masked model against the dense one, and moves theta by a gradient estimator. Weights are frozen
+and never differentiated. The current answer is scored on held-out windows and the best one is kept.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from e3jax import config, mesh
+from e3jax.distill import losses
+from e3jax.errors import UserError
+from e3jax.models import decoder
+from e3jax.models.config import ModelConfig
+from e3jax.models.decoder import Batch, Params
+from e3jax.search import gumbel
+
+
+@flax.struct.dataclass
+class SearchState:
+    """Everything the search carries from step to step; all of it is checkpointed."""
+
+    step: jax.Array  # int32
+    theta: jax.Array  # float32 [L], the layer-mask parameter vector
+    opt_state: Any
+    gate_scale: jax.Array  # float32 [L], running root mean square of the straight-through gradient
+    best_keep: jax.Array  # bool [L]
+    best_kl: jax.Array  # float32, held-out KL of best_keep in nats a token
+    tokens: jax.Array  # float32, processed by masked models so far
+
+
+def resolve_keep(keep: int | float, num_layers: int) -> int:
+    """A count, or a share below 1, -> layers kept. Raises UserError unless 1 <= K < L."""
+    count = round(keep * num_layers) if keep < 1 else keep
+    if int(count) != count or not 1 <= count < num_layers:
+        raise UserError(
+            f"search.keep={keep}: the model has {num_layers} layers; expected a count from 1 to "
+            f"{num_layers - 1}, or a share between 0 and 1"
+        )
+    return int(count)
+
+
+def fixed_layers(spec: config.Search, num_layers: int) -> tuple[np.ndarray, np.ndarray]:
+    """Protected and forced layers as bool [L] each. Raises UserError when they cannot be met."""
+    keep = resolve_keep(spec.keep, num_layers)
+    masks = []
+    for name, layers in (("protect", spec.protect), ("force", spec.force)):
+        ids = [i + num_layers if i < 0 else i for i in layers]
+        if wrong := [i for i, n in zip(layers, ids, strict=True) if not 0 <= n < num_layers]:
+            raise UserError(f"search.{name}: no layer {wrong}; the model has 0 to {num_layers - 1}")
+        masks.append(np.isin(np.arange(num_layers), ids))
+    protect, force = masks
+    if both := np.flatnonzero(protect & force).tolist():
+        raise UserError(f"search.protect and search.force both name layers {both}")
+    if protect.sum() > keep:
+        raise UserError(
+            f"search.protect names {protect.sum()} layers and search.keep={keep}: protect fewer or keep more"
+        )
+    if force.sum() > num_layers - keep:
+        raise UserError(
+            f"search.force names {force.sum()} layers and only {num_layers - keep} are removed"
+        )
+    return protect, force
+
+
+def make_theta_optimizer(spec: config.Search) -> optax.GradientTransformation:
+    """Adam on theta, float32, constant rate."""
+    return optax.adam(spec.lr, b1=0.9, b2=0.99, eps=1e-8)
+
+
+def init_state(theta_l: jax.Array, spec: config.Search) -> SearchState:
+    """The state before the first step."""
+    theta = jnp.asarray(theta_l, jnp.float32)
+    return SearchState(
+        step=jnp.int32(0),
+        theta=theta,
+        opt_state=make_theta_optimizer(spec).init(theta),
+        gate_scale=jnp.zeros_like(theta),
+        best_keep=jnp.zeros(theta.shape, bool),
+        best_kl=jnp.float32(jnp.inf),
+        tokens=jnp.float32(0),
+    )
+
+
+def make_search_step(
+    cfg: ModelConfig, spec: config.Search, *, seed: int, dtype: Any, remat: str, chunk: int
+) -> Callable[[SearchState, Params, Batch], tuple[SearchState, dict[str, jax.Array]]]:
+    """A jitted (state, params, batch) -> (state, metrics) of one search step.
+
+    Metrics are float32 scalars: loss (nats a token of the masked models), removed (layers), tau,
+    gradient norm, mask entropy, tokens processed.
+    """
+    keep = resolve_keep(spec.keep, cfg.num_layers)
+    protect, force = fixed_layers(spec, cfg.num_layers)
+    optimizer = make_theta_optimizer(spec)
+
+    def row_losses(params: Params, batch: Batch, gates_bl: jax.Array, dense: jax.Array | None):
+        h = decoder.hidden(params, batch, cfg, dtype=dtype, gates_bl=gates_bl, remat=remat)
+        w = decoder.head(params, cfg)
+        if dense is None:
+            return losses.ce_rows(h, w, batch.targets, batch.mask, chunk=chunk)
+        return losses.kl_rows(dense, w, h, w, batch.mask, chunk=chunk)
+
+    def step(state: SearchState, params: Params, batch: Batch):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        k = gumbel.curriculum(state.step, spec.steps, spec.curriculum, cfg.num_layers, keep)
+        tau = gumbel.temperature(state.step, spec.steps, spec.tau)
+        rows = batch.tokens.shape[0]
+        dense = None
+        if spec.loss == "kl":
+            dense = decoder.hidden(params, batch, cfg, dtype=dtype, remat="none")
+
+        def masked(theta: jax.Array) -> tuple[jax.Array, Any]:
+            draws = 1 if spec.masks == "batch" else rows
+            draw = gumbel.sample(key, theta, k, draws, protect, force)
+            if spec.estimator == "score":
+                gates = draw.keep.astype(jnp.float32)
+            else:
+                gates = gumbel.straight_through(draw, k, tau, spec.relaxation)
+            gates = jnp.broadcast_to(gates, (rows, cfg.num_layers))
+            if mesh.current() is not None:
+                gates = jax.sharding.reshard(gates, mesh.spec(("batch", None)))
+            sum_b, count_b = row_losses(params, batch, gates, dense)
+            return jnp.sum(sum_b) / jnp.maximum(jnp.sum(count_b), 1.0), (draw, sum_b, count_b)
+
+        if spec.estimator == "score":
+            loss, (draw, sum_b, count_b) = masked(state.theta)
+            through = jnp.zeros_like(state.theta)
+        else:
+            (loss, (draw, sum_b, count_b)), through = jax.value_and_grad(masked, has_aux=True)(
+                state.theta
+            )
+        gate_scale = state.gate_scale
+        if spec.estimator != "score":
+            through, gate_scale = _normalise(through, gate_scale, state.step)
+        grad = through
+        if spec.estimator != "straight_through":
+            rows_loss = sum_b / jnp.maximum(count_b, 1.0)
+            grad = gumbel.score_gradient(state.theta, draw, rows_loss, k)
+            if spec.estimator == "mixed":
+                grad = grad + through * _norm(grad) / jnp.maximum(_norm(through), 1e-12)
+        updates, opt_state = optimizer.update(grad, state.opt_state, state.theta)
+        theta = optax.apply_updates(state.theta, updates)
+        tokens = jnp.sum(batch.segments > 0).astype(jnp.float32)
+        metrics = {
+            "loss": loss,
+            "removed": (cfg.num_layers - k).astype(jnp.float32),
+            "tau": tau,
+            "grad_norm": _norm(grad),
+            "tokens": tokens,
+        }
+        state = state.replace(
+            step=state.step + 1,
+            theta=theta,
+            opt_state=opt_state,
+            gate_scale=gate_scale,
+            tokens=state.tokens + tokens,
+        )
+        return state, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(x * x))
+
+
+def _normalise(grad_l: jax.Array, scale_l: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Divides each layer's gate gradient by its running root mean square (decay 0.9).
+
+    At a kept layer the gate's derivative is about scaling the layer a little, not removing it, and
+    grows with the layer's update: unscaled, the first layers drown all others.
+    """
+    mean_square = 0.9 * scale_l**2 + 0.1 * grad_l**2
+    corrected = jnp.sqrt(mean_square / (1 - 0.9 ** (step + 1.0)))
+    return grad_l / jnp.maximum(corrected, 1e-12), jnp.sqrt(mean_square)
