@@ -44,8 +44,10 @@ class Source:
     split: str = Field("train", description="split")
     rows: tuple[Rows, ...] = Field((), description="Python slices of the rows used; empty = all")
     streaming: bool = Field(False, description="read lazily from the hub")
-    format: Literal["auto", "text", "completion", "messages"] = Field(
-        "auto", description="which fields are read; auto looks at the columns"
+    format: Literal["auto", "text", "completion", "messages", "chat"] = Field(
+        "auto",
+        description="which fields are read; auto looks at the columns; chat = prompt and completion"
+        " as a user's and an assistant's turn of the chat template",
     )
     text: str = Field("text", description="field of plain text")
     prompt: str = Field("prompt", description="field of the prompt")

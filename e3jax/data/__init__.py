@@ -1,0 +1,1 @@
+"""Text to fixed token windows, windows to batches, and the offline teacher."""

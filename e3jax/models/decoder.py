@@ -293,14 +293,18 @@ def head(params: Params, cfg: ModelConfig) -> jax.Array:
     return params["embed"].T if cfg.tied else params["head"]
 
 
-def logits(params: Params, h_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """float32 [B, T, V]; for short sequences (decoding, tests): losses never form it whole."""
-    w = head(params, cfg).astype(h_btd.dtype)
+def unembed(h_btd: jax.Array, head_dv: jax.Array) -> jax.Array:
+    """float32 logits [B, T, V], multiplied in the dtype of `h_btd`."""
     return jnp.einsum(
         "btd,dv->btv",
         h_btd,
-        w,
+        head_dv.astype(h_btd.dtype),
         precision=_precision(h_btd.dtype),
         preferred_element_type=jnp.float32,
-        out_sharding=mesh.out(("batch", None, "vocab"), (h_btd.shape[0], 1, w.shape[1])),
+        out_sharding=mesh.out(("batch", None, "vocab"), (*h_btd.shape[:2], head_dv.shape[1])),
     )
+
+
+def logits(params: Params, h_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """float32 [B, T, V]; for short sequences (decoding, tests): losses never form it whole."""
+    return unembed(h_btd, head(params, cfg))

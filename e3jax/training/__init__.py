@@ -1,0 +1,1 @@
+"""What both stages share: optimiser, accumulation, loop, checkpoints, metrics."""

@@ -1,0 +1,123 @@
+"""The command line, and the one place for environment variables and jax.config."""
+
+import argparse
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+
+from e3jax import __version__, config
+from e3jax.errors import UserError
+
+COMMANDS = {
+    "run": (
+        "the whole job: search, distill, export, evaluate",
+        """Runs every stage in order into the folder `out`. A stage whose finished output is there
+        with the same inputs is skipped; a stage that was killed goes on from its last checkpoint.
+        So the same command finishes whatever is unfinished.""",
+        ("out", "seed", "model", "mesh", "data"),
+    ),
+    "search": (
+        "stage 1: which layers to keep (writes search/mask.json)",
+        """Gumbel-TopK search of the layer mask with frozen weights, scored on held-out windows.""",
+        ("search", "data", "model"),
+    ),
+    "distill": (
+        "stage 2: recover the pruned model from the dense one",
+        """Distils the layers of search/mask.json, or of the file distill.mask, from the dense
+        model: online over the full vocabulary, or from a stored top-k of the teacher.""",
+        ("distill", "data", "model"),
+    ),
+    "export": (
+        "write the surviving layers as a Hugging Face folder, verified",
+        """Writes safetensors, config.json, tokenizer and model card; reads them back and compares
+        logits before the folder gets its name. Stages before it run if they are unfinished.""",
+        ("export",),
+    ),
+    "evaluate": (
+        "dense, pruned, recovered and baseline figures in one table",
+        """Perplexity, KL to the dense model, top-1 agreement and exact match by greedy decoding.
+        Stages before it run if they are unfinished, the baselines' recoveries included.""",
+        ("evaluate", "data"),
+    ),
+    "train": (
+        "next-token training, from scratch or from a checkpoint",
+        """Plain cross-entropy through the same loop: how the bundled model was made, and the
+        SFT arm of the KD-versus-SFT ablation. Writes a Hugging Face folder.""",
+        ("train", "data"),
+    ),
+}
+
+
+def _keys(sections: Sequence[str]) -> str:
+    lines = [
+        f"  {key:<30} {text}"
+        for key, text in config.known_keys().items()
+        if key.split(".")[0] in sections
+    ]
+    return "keys of the configuration, each settable as key=value:\n" + "\n".join(lines)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The argument parser; help text of the keys comes from config.py."""
+    parser = argparse.ArgumentParser(
+        prog="e3jax",
+        description="Layer pruning for large language models in JAX (E3-Pruner, arXiv 2511.17205).",
+        epilog="example: python run.py run --config configs/demo.yaml search.keep=11 out=runs/eleven",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (line, text, sections) in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=line,
+            description=textwrap.dedent(" ".join(text.split())),
+            epilog=_keys(sections),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("--config", required=True, metavar="FILE", help="a YAML configuration")
+        sub.add_argument(
+            "--dry-run", action="store_true", help="print the resolved plan and stop: no device, no data"
+        )
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, or 2 for bad input (a message, no traceback)."""
+    options = _parse(arguments)
+    try:
+        run = config.load_run(options.config, options.overrides)
+        _prepare_jax(run)
+        from e3jax import pipeline  # after the environment is set: it imports jax
+
+        pipeline.execute(options.command, run, dry_run=options.dry_run)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parses options and overrides in any order."""
+    parser = make_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if unknown := [a for a in rest if a.startswith("-") or "=" not in a]:
+        parser.error(f"unknown argument: {' '.join(unknown)}")
+    options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def _prepare_jax(run: config.Run) -> None:
+    """Process-wide settings, before anything touches a device."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if run.deterministic:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    import jax
+
+    jax.config.update("jax_threefry_partitionable", True)

@@ -1,0 +1,114 @@
+"""Token windows -> batches. The batch is a function of the step number, so resuming is exact."""
+
+import collections
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import grain
+import numpy as np
+
+from e3jax.data.text import Windows
+from e3jax.errors import UserError
+
+Arrays = dict[str, np.ndarray]
+T = TypeVar("T")
+
+
+def gather(windows: Windows, index_b: np.ndarray) -> Arrays:
+    """The batch of these windows; a window number of -1 gives an empty row.
+
+    Returns
+      tokens     int32 [B, T]
+      positions  int32 [B, T], within the document; 0 on padding
+      segments   int32 [B, T], document number in the window from 1; 0 = padding
+      targets    int32 [B, T], the token at t + 1; 0 at the end
+      mask       bool  [B, T], the prediction made at t carries loss: t + 1 belongs to the same
+                 document and is a loss token
+      index      int64 [B]
+    """
+    index_b = np.asarray(index_b, np.int64)
+    rows, real_b1 = np.maximum(index_b, 0), index_b[:, None] >= 0
+    tokens = np.where(real_b1, windows.tokens[rows], 0).astype(np.int32)
+    segments = np.where(real_b1, windows.segments[rows], 0).astype(np.int32)
+    loss = windows.loss[rows]
+
+    same = segments[:, 1:] == segments[:, :-1]
+    time = np.arange(tokens.shape[1], dtype=np.int32)
+    starts = np.zeros_like(tokens)
+    starts[:, 1:] = np.where(same, 0, time[1:])
+    positions = np.where(segments > 0, time - np.maximum.accumulate(starts, axis=1), 0)
+
+    targets, mask = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
+    targets[:, :-1] = tokens[:, 1:]
+    mask[:, :-1] = same & (segments[:, 1:] > 0) & loss[:, 1:]
+    return {
+        "tokens": tokens,
+        "positions": positions.astype(np.int32),
+        "segments": segments,
+        "targets": targets,
+        "mask": mask,
+        "index": index_b,
+    }
+
+
+def make_batches(
+    windows: Windows,
+    batch: int,
+    seed: int,
+    *,
+    shuffle: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Callable[[int], Arrays]:
+    """A function of the step number: step -> this process's rows of the batch (see `gather`).
+
+    Endless; every epoch visits each window once, in an order of its own that depends on the seed
+    only. The rows of all processes, one after the other, are the rows of a single process.
+    """
+    local = _rows_per_process(batch, process_count)
+    order = grain.MapDataset.source(range(len(windows))).seed(seed)
+    order = (order.shuffle() if shuffle else order).repeat()
+
+    def batch_at(step: int) -> Arrays:
+        first = step * batch + process_index * local
+        return gather(windows, np.array([order[i] for i in range(first, first + local)]))
+
+    return batch_at
+
+
+def ordered_batches(
+    windows: Windows, batch: int, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[Arrays]:
+    """Every window once, in order; the last batch is filled up with empty rows (index -1)."""
+    local = _rows_per_process(batch, process_count)
+    for start in range(0, len(windows), batch):
+        index_b = start + process_index * local + np.arange(local)
+        yield gather(windows, np.where(index_b < len(windows), index_b, -1))
+
+
+def _rows_per_process(batch: int, process_count: int) -> int:
+    if batch % process_count:
+        raise UserError(f"batch {batch} is not a multiple of the {process_count} processes")
+    return batch // process_count
+
+
+def prefetch(
+    fn: Callable[[int], T], start: int, stop: int, depth: int = 2
+) -> Iterator[tuple[int, T]]:
+    """Yield (step, fn(step)) for start <= step < stop, computed up to `depth` ahead in a thread.
+
+    An exception of `fn` is raised at its step; closing the generator ends the thread.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    try:
+        steps = iter(range(start, stop))
+        ahead = collections.deque((s, pool.submit(fn, s)) for s in itertools.islice(steps, depth))
+        while ahead:
+            step, future = ahead.popleft()
+            result = future.result()
+            ahead.extend((s, pool.submit(fn, s)) for s in itertools.islice(steps, 1))
+            yield step, result
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,1 @@
+"""The bundled model, its task and its data."""

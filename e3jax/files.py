@@ -1,0 +1,87 @@
+"""Small files written whole, and the identity of what a stage was given."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+SAMPLED_ABOVE = 256 * 2**20  # bytes; larger weight files are hashed by samples
+SAMPLE = 2**20
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON aside, syncs it to disk and renames it: the file is whole or not there."""
+    write_text(path, json.dumps(value, indent=2, default=_plain) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes text aside, syncs it to disk and renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        pathlib.Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The JSON value of a file this program wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, pathlib.Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy and jax arrays
+        return value.tolist()
+    raise TypeError(f"not JSON: {type(value).__name__}")
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 of the canonical JSON of dataclasses, mappings, lists and plain values; 16 digits."""
+    text = json.dumps(value, sort_keys=True, default=_plain, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for every leaf in which two nested mappings differ."""
+    found = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return found
+
+
+def checkpoint_hash(folder: pathlib.Path) -> str:
+    """Identity of a Hugging Face checkpoint: config.json and every safetensors file.
+
+    Files up to 256 MiB are hashed whole; of larger ones the size and 64 evenly spaced samples of
+    1 MiB, the first of which holds the header. 16 digits.
+    """
+    total = hashlib.sha256()
+    paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    for path in paths:
+        size = path.stat().st_size
+        total.update(f"{path.name}:{size};".encode())
+        with open(path, "rb") as file:
+            if size <= SAMPLED_ABOVE:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+                continue
+            for number in range(64):
+                file.seek(number * (size - SAMPLE) // 63)
+                total.update(file.read(SAMPLE))
+    return total.hexdigest()[:16]

@@ -1,0 +1,103 @@
+"""Rotary position embeddings of config.json, in the forms of transformers 4 and 5 <-> Rope."""
+
+import math
+from typing import Any
+
+from e3jax.errors import UserError
+from e3jax.models.config import Rope
+
+# The fields of Rope that each kind uses, beside theta.
+ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_max_position"),
+    "llama3": ("factor", "original_max_position", "low_freq_factor", "high_freq_factor"),
+    "yarn": (
+        "factor",
+        "original_max_position",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "truncate",
+    ),
+}
+
+
+def read_rope(config: dict[str, Any], max_position: int, where: str) -> Rope:
+    """Rotary embedding of config.json, resolved, so that the decoder needs nothing else.
+
+    transformers 4 has `rope_theta` and `rope_scaling` (with `rope_type`, or `type` before 4.43);
+    transformers 5 has `rope_parameters`. What they leave open is decided as
+    transformers.modeling_rope_utils does. Raises UserError on an unknown type.
+    """
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(given, dict):
+        raise UserError(f"{where}: rope parameters are {given!r}; expected an object")
+    nested = [key for key, value in given.items() if isinstance(value, dict)]
+    if nested:
+        raise UserError(f"{where}: rope parameters by layer type ({nested}) are not supported")
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if kind not in ROPE_FIELDS:
+        raise UserError(
+            f"{where}: rope type {kind!r} is not supported; supported: {', '.join(ROPE_FIELDS)}"
+        )
+    partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise UserError(f"{where}: partial_rotary_factor is {partial}; only 1 is supported")
+
+    def number(key: str, default: float | None = None) -> float:
+        return positive(given, key, f"{where}: rope type {kind}", default)
+
+    # Where a file has it beside the rope keys too, transformers lets that one win.
+    original = number("original_max_position_embeddings", max_position)
+    original = int(positive(config, "original_max_position_embeddings", where, original))
+    values: dict[str, Any] = {}
+    if kind != "default":
+        # Only yarn can do without a factor: it is then how much longer the context has become.
+        values["factor"] = number("factor", max_position / original if kind == "yarn" else None)
+    if kind == "dynamic":  # stretches from the length in config.json, never from an "original" one
+        values["original_max_position"] = max_position
+    elif kind in ("llama3", "yarn"):
+        values["original_max_position"] = original
+    if kind == "llama3":
+        values |= {key: number(key) for key in ("low_freq_factor", "high_freq_factor")}
+    if kind == "yarn":
+        values |= {
+            "beta_fast": number("beta_fast", 32),
+            "beta_slow": number("beta_slow", 1),
+            "attention_factor": _yarn_attention_factor(given, values["factor"]),
+            "truncate": bool(given.get("truncate", True)),
+        }
+    theta = number("rope_theta", positive(config, "rope_theta", where, 10_000.0))
+    return Rope(kind=kind, theta=theta, **values)
+
+
+def _yarn_attention_factor(given: dict[str, Any], factor: float) -> float:
+    """What cos and sin are multiplied by: 0.1 ln(factor) + 1 (arXiv 2309.00071, eq. 22)."""
+
+    def magnitude(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    if given.get("attention_factor") is not None:
+        return float(given["attention_factor"])
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        return magnitude(given["mscale"]) / magnitude(given["mscale_all_dim"])
+    return magnitude(1.0)
+
+
+def write_rope(rope: Rope) -> dict[str, Any]:
+    """`rope_parameters` of transformers 5. A dynamic rope has its context in config.json itself."""
+    given = {"rope_type": rope.kind, "rope_theta": rope.theta}
+    given |= {field: getattr(rope, field) for field in ROPE_FIELDS[rope.kind]}
+    original = given.pop("original_max_position", None)
+    if original is not None and rope.kind != "dynamic":
+        given["original_max_position_embeddings"] = original
+    return given
+
+
+def positive(facts: dict[str, Any], key: str, where: str, default: float | None = None) -> float:
+    """facts[key], or `default` where it is absent or null; UserError unless a number above 0."""
+    value = default if facts.get(key) is None else facts[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UserError(f"{where}: {key} is {value!r}; expected a number above 0")
+    return float(value)

@@ -1,0 +1,95 @@
+"""What a run will do and cost, from the configuration and config.json alone: no device, no data."""
+
+import dataclasses
+import math
+
+from e3jax import config
+from e3jax.models.config import ModelConfig
+from e3jax.models.decoder import count_params
+from e3jax.search.search import fixed_layers, resolve_keep
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Upper bounds: windows are counted as full. Tokens are those a masked or student model sees."""
+
+    layers: int
+    keep: int
+    params_before: int
+    params_after: int
+    importance_tokens: int
+    search_tokens: int
+    scoring_tokens: int
+    distill_tokens: int
+    teacher_cache_bytes: int
+    checkpoint_bytes: int
+    export_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        return (
+            self.importance_tokens + self.search_tokens + self.scoring_tokens + self.distill_tokens
+        )
+
+
+def cache_bytes(tokens: int, top_k: int) -> int:
+    """Uncompressed teacher cache: k ids (int32), k log-probabilities (float16), two float32."""
+    return tokens * (top_k * (4 + 2) + 8)
+
+
+def make_plan(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Plan:
+    """The plan of `run` for a model. Raises UserError where keep, protect and force disagree."""
+    keep = resolve_keep(run.search.keep, cfg.num_layers)
+    fixed_layers(run.search, cfg.num_layers)
+    search, distill, window = run.search, run.distill, run.data.window
+    after = count_params(cfg.take_layers(range(keep)))
+    scores = math.ceil(search.steps / search.score_every) + 1
+    distill_tokens = distill.steps * distill.batch * window
+    dtype = source_dtype if run.export.dtype == "source" else run.export.dtype
+    return Plan(
+        layers=cfg.num_layers,
+        keep=keep,
+        params_before=count_params(cfg),
+        params_after=after,
+        importance_tokens=cfg.num_layers * search.init_windows * window
+        if search.init == "kl"
+        else 0,
+        search_tokens=search.steps * search.batch * window,
+        scoring_tokens=scores * search.score_windows * window,
+        distill_tokens=distill_tokens,
+        teacher_cache_bytes=cache_bytes(distill_tokens, distill.top_k)
+        if distill.teacher == "cache"
+        else 0,
+        checkpoint_bytes=12 * after,  # parameters and two moments, float32
+        export_bytes=BYTES[dtype] * after,
+    )
+
+
+def describe(plan: Plan) -> str:
+    """The plan in words, a line a fact."""
+    ratio = plan.layers / plan.keep
+    saved = 1 - plan.params_after / plan.params_before
+    lines = [
+        ("layers", f"{plan.layers} -> {plan.keep} (ideal speed-up {ratio:.2f}x)"),
+        ("parameters", f"{_si(plan.params_before)} -> {_si(plan.params_after)} ({saved:.0%} fewer)"),
+        ("importance", f"<= {_si(plan.importance_tokens)} tokens"),
+        ("search", f"<= {_si(plan.search_tokens)} tokens"),
+        ("held-out scores", f"<= {_si(plan.scoring_tokens)} tokens"),
+        ("distillation", f"<= {_si(plan.distill_tokens)} tokens"),
+        ("in all", f"<= {_si(plan.tokens)} tokens through masked or student models"),
+        ("teacher cache", f"{_si(plan.teacher_cache_bytes)}B before compression"),
+        ("checkpoint", f"{_si(plan.checkpoint_bytes)}B each"),
+        ("export", f"{_si(plan.export_bytes)}B"),
+    ]
+    return "\n".join(f"  {name:<16} {text}" for name, text in lines)
+
+
+def _si(number: float) -> str:
+    """1234567 -> '1.23 M'."""
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(number) < 1000 or unit == "T":
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    raise AssertionError

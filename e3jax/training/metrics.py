@@ -1,0 +1,128 @@
+"""The record of a stage: JSON lines, TensorBoard beside it, and progress for a person to read."""
+
+import json
+import logging
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+TELL_EVERY_S = 10.0  # between plain lines, where there is no terminal
+
+
+class Metrics:
+    """Records what a stage measures at each step; only process 0 has one that writes.
+
+    folder: gets metrics.jsonl and tensorboard/. start: the step work goes on from; lines of later
+    steps, written before a kill, are dropped, so the record is that of an uninterrupted run.
+    """
+
+    def __init__(
+        self, folder: pathlib.Path, name: str, *, start: int, steps: int, write: bool = True
+    ) -> None:
+        self._write, self._name, self._steps = write, name, steps
+        self._tokens, self._begun, self._told = 0.0, time.monotonic(), 0.0
+        self._start = start
+        if not write:
+            return
+        from tensorboardX import SummaryWriter  # protobuf is slow to import
+
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        _drop_from(path, start)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+        self._bar = _make_bar() if sys.stderr.isatty() else None
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(name, total=steps, completed=start, text="")
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Records the values of a finished step: floats, or lists of floats (JSON only).
+
+        `tokens`, if there, is the tokens of this step, for the tokens/s that are shown.
+        """
+        if not self._write:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for key, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(key, value, step)
+        self._tokens += values.get("tokens", 0.0)
+        self._show(step, values)
+
+    def say(self, text: str) -> None:
+        """A line for the person watching, above the bar or among the plain lines."""
+        if not self._write:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False)
+        else:
+            logging.getLogger(__name__).info("%s", text)
+
+    def _show(self, step: int, values: Mapping[str, Any]) -> None:
+        now = time.monotonic()
+        rate = self._tokens / max(now - self._begun, 1e-9)
+        loss = values.get("loss")
+        text = f"{rate:,.0f} tok/s" + (f"  loss {loss:.4f}" if loss is not None else "")
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step + 1, text=text)
+        elif now - self._told > TELL_EVERY_S or step + 1 == self._steps:
+            self._told = now
+            done = max(step + 1 - self._start, 1)
+            left = (now - self._begun) / done * (self._steps - step - 1)
+            self.say(f"{self._name} {step + 1}/{self._steps}  {text}  {_duration(left)} left")
+
+    def close(self) -> None:
+        """Flushes everything to disk."""
+        if not self._write:
+            return
+        if self._bar is not None:
+            self._bar.stop()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a stage's metrics.jsonl, in order; a torn last line is left out."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _drop_from(path: pathlib.Path, start: int) -> None:
+    """Keeps the lines of steps before `start`."""
+    kept = [line for line in read_metrics(path.parent) if line["step"] < start]
+    aside = path.with_suffix(".partial")
+    aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    aside.replace(path)
+
+
+def _make_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[text]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
