@@ -62,6 +62,7 @@ class Data:
     train: tuple[Source, ...] = Field((), description="calibration and recovery data")
     held_out: tuple[Source, ...] = Field((), description="scores the search and the student; never trained on")
     test: tuple[Source, ...] = Field((), description="problems with a checkable answer")
+    measure: tuple[Source, ...] = Field((), description="text for perplexity and KL; none = test")
     window: int = Field(4096, ge=8, description="tokens a row of a batch")
     pack: bool = Field(True, description="several documents a window, isolated by segment ids")
     loss_on: Literal["all", "completion"] = Field("all", description="tokens that carry loss")

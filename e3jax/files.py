@@ -15,7 +15,7 @@ SAMPLE = 2**20
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON aside, syncs it to disk and renames it: the file is whole or not there."""
-    write_text(path, json.dumps(value, indent=2, default=_plain) + "\n")
+    write_text(path, json.dumps(value, indent=2, default=plain) + "\n")
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -38,7 +38,7 @@ def read_json(path: pathlib.Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, pathlib.Path):
@@ -50,7 +50,7 @@ def _plain(value: Any) -> Any:
 
 def fingerprint(value: Any) -> str:
     """sha256 of the canonical JSON of dataclasses, mappings, lists and plain values; 16 digits."""
-    text = json.dumps(value, sort_keys=True, default=_plain, separators=(",", ":"))
+    text = json.dumps(value, sort_keys=True, default=plain, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -85,3 +85,8 @@ def checkpoint_hash(folder: pathlib.Path) -> str:
                 file.seek(number * (size - SAMPLE) // 63)
                 total.update(file.read(SAMPLE))
     return total.hexdigest()[:16]
+
+
+def plain_tree(value: Any) -> Any:
+    """What `value` is after a round trip through JSON, so that it compares with what was read."""
+    return json.loads(json.dumps(value, default=plain))

@@ -15,7 +15,6 @@ import optax
 
 from e3jax import config, mesh
 from e3jax.distill import losses
-from e3jax.errors import UserError
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Batch, Params
@@ -45,3 +44,96 @@ def init_state(
         mean_entropy=mesh.replicate(jnp.float32(mean_entropy)),
         skipped=mesh.replicate(jnp.int32(0)),
     )
+
+
+def make_train_step(
+    cfg: ModelConfig,
+    recipe: config.Distill,
+    optimizer: optax.GradientTransformation,
+    *,
+    teacher_cfg: ModelConfig | None,
+    dtype: Any,
+    remat: str,
+) -> Callable[[TrainState, Params | None, Batch, losses.TopK | None], tuple[TrainState, dict]]:
+    """A jitted (state, teacher params, batch, stored teacher) -> (state, metrics) of one step.
+
+    cfg: the student's. The teacher's parameters are for `teacher: online`, the stored rows for
+    `cache`; both are None for `none`. Metrics are float32 scalars, averages over tokens.
+    """
+    objective = losses.Objective.of(recipe)
+    count = recipe.batch // (recipe.microbatch or recipe.batch)
+
+    def step(state: TrainState, teacher: Params | None, batch: Batch, stored: losses.TopK | None):
+        def sums_fn(params: Params, micro: tuple[Batch, losses.TopK | None]) -> losses.Sums:
+            rows, known = micro
+            if recipe.teacher == "online":
+                assert teacher is not None and teacher_cfg is not None
+                h = decoder.hidden(teacher, rows, teacher_cfg, dtype=dtype, remat="none")
+                known = losses.Online(
+                    jax.lax.stop_gradient(h), decoder.head(teacher, teacher_cfg)
+                )
+            return losses.token_sums(
+                decoder.hidden(params, rows, cfg, dtype=dtype, remat=remat),
+                decoder.head(params, cfg),
+                rows.targets,
+                rows.mask,
+                known,
+                objective,
+                state.mean_entropy,
+            )
+
+        grads, sums = optim.accumulate(sums_fn, state.params, (batch, stored), count)
+        params, opt_state, norm, finite = optim.update(
+            optimizer, grads, state.opt_state, state.params
+        )
+        tokens = jnp.maximum(sums.tokens, 1.0)
+        metrics = {
+            "loss": sums.loss / jnp.maximum(sums.weight, 1e-9),
+            "nll": sums.nll / tokens,
+            "kl": sums.kl / tokens,
+            "agreement": sums.agree / tokens,
+            "weight": sums.weight / tokens,
+            "captured": sums.captured / tokens,
+            "grad_norm": norm,
+            "tokens": jnp.sum(batch.segments > 0).astype(jnp.float32),
+            "skipped": 1.0 - finite,
+        }
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            skipped=state.skipped + (1 - finite.astype(jnp.int32)),
+        )
+        return state, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def mean_teacher_entropy(
+    params: Params,
+    cfg: ModelConfig,
+    batches: Iterable[Batch],
+    *,
+    temperature: float,
+    dtype: Any,
+    chunk: int,
+) -> float:
+    """The teacher's entropy in nats, averaged over the loss tokens of some batches: H of the weights.
+
+    Measured once, before the first step, so that it is a constant of the data.
+    """
+    objective = losses.Objective(temperature=temperature, chunk=chunk)
+
+    @jax.jit
+    def measure(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        h = decoder.hidden(params, batch, cfg, dtype=dtype, remat="none")
+        head = decoder.head(params, cfg)
+        known = losses.Online(h, head)
+        sums = losses.token_sums(h, head, batch.targets, batch.mask, known, objective)
+        return jnp.sum(sums.entropy), jnp.sum(sums.tokens)
+
+    total, tokens = 0.0, 0.0
+    for batch in batches:
+        entropy, count = measure(params, mesh.shard_batch(batch))
+        total, tokens = total + float(entropy), tokens + float(count)
+    return total / max(tokens, 1.0)

@@ -40,15 +40,15 @@ def make_figures(
         h = decoder.hidden(
             student, batch, student_cfg, dtype=dtype, remat="none", layer_ids=layer_ids
         )
-        return losses.agreement(
-            h_dense,
-            decoder.head(dense, cfg),
+        sums = losses.token_sums(
             h,
             decoder.head(student, student_cfg),
             batch.targets,
             batch.mask,
-            chunk=chunk,
+            losses.Online(h_dense, decoder.head(dense, cfg)),
+            losses.Objective(chunk=chunk),
         )
+        return jax.tree.map(jnp.sum, sums)
 
     def figures(
         dense: Params,
@@ -57,16 +57,17 @@ def make_figures(
         layer_ids: Sequence[int] | None = None,
     ) -> Figures:
         ids = None if layer_ids is None else np.asarray(layer_ids, np.int32)
-        total: dict[str, float] = {}
+        nll = kl = agree = tokens = 0.0
         for batch in batches:
-            for name, value in sums(dense, student, mesh.shard_batch(batch), ids).items():
-                total[name] = total.get(name, 0.0) + float(value)
-        count = max(total["tokens"], 1.0)
+            part = sums(dense, student, mesh.shard_batch(batch), ids)
+            nll, kl = nll + float(part.nll), kl + float(part.kl)
+            agree, tokens = agree + float(part.agree), tokens + float(part.tokens)
+        count = max(tokens, 1.0)
         return Figures(
-            perplexity=math.exp(min(total["nll"] / count, 700.0)),
-            kl=total["kl"] / count,
-            agreement=total["agree"] / count,
-            tokens=int(total["tokens"]),
+            perplexity=math.exp(min(nll / count, 700.0)),
+            kl=kl / count,
+            agreement=agree / count,
+            tokens=int(tokens),
         )
 
     return figures

@@ -5,7 +5,7 @@ masked model against the dense one, and moves theta by a gradient estimator. Wei
 and never differentiated. The current answer is scored on held-out windows and the best one is kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -31,8 +31,8 @@ class SearchState:
     theta: jax.Array  # float32 [L], the layer-mask parameter vector
     opt_state: Any
     gate_scale: jax.Array  # float32 [L], running root mean square of the straight-through gradient
-    best_keep: jax.Array  # bool [L]
-    best_kl: jax.Array  # float32, held-out KL of best_keep in nats a token
+    best_theta: jax.Array  # float32 [L], whose answer had the least held-out KL
+    best_kl: jax.Array  # float32, that KL in nats a token
     tokens: jax.Array  # float32, processed by masked models so far
 
 
@@ -83,7 +83,7 @@ def init_state(theta_l: jax.Array, spec: config.Search) -> SearchState:
         theta=theta,
         opt_state=make_theta_optimizer(spec).init(theta),
         gate_scale=jnp.zeros_like(theta),
-        best_keep=jnp.zeros(theta.shape, bool),
+        best_theta=jnp.array(theta),
         best_kl=jnp.float32(jnp.inf),
         tokens=jnp.float32(0),
     )
@@ -100,13 +100,15 @@ def make_search_step(
     keep = resolve_keep(spec.keep, cfg.num_layers)
     protect, force = fixed_layers(spec, cfg.num_layers)
     optimizer = make_theta_optimizer(spec)
+    objective = losses.Objective(chunk=chunk)
 
-    def row_losses(params: Params, batch: Batch, gates_bl: jax.Array, dense: jax.Array | None):
+    def row_sums(
+        params: Params, batch: Batch, gates_bl: jax.Array, dense: jax.Array | None
+    ) -> losses.Sums:
         h = decoder.hidden(params, batch, cfg, dtype=dtype, gates_bl=gates_bl, remat=remat)
         w = decoder.head(params, cfg)
-        if dense is None:
-            return losses.ce_rows(h, w, batch.targets, batch.mask, chunk=chunk)
-        return losses.kl_rows(dense, w, h, w, batch.mask, chunk=chunk)
+        teacher = None if dense is None else losses.Online(dense, w)
+        return losses.token_sums(h, w, batch.targets, batch.mask, teacher, objective)
 
     def step(state: SearchState, params: Params, batch: Batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -123,18 +125,19 @@ def make_search_step(
             if spec.estimator == "score":
                 gates = draw.keep.astype(jnp.float32)
             else:
-                gates = gumbel.straight_through(draw, k, tau, spec.relaxation)
+                gates = gumbel.straight_through(draw, tau, spec.relaxation)
             gates = jnp.broadcast_to(gates, (rows, cfg.num_layers))
             if mesh.current() is not None:
                 gates = jax.sharding.reshard(gates, mesh.spec(("batch", None)))
-            sum_b, count_b = row_losses(params, batch, gates, dense)
-            return jnp.sum(sum_b) / jnp.maximum(jnp.sum(count_b), 1.0), (draw, sum_b, count_b)
+            sums = row_sums(params, batch, gates, dense)
+            mean = jnp.sum(sums.loss) / jnp.maximum(jnp.sum(sums.weight), 1.0)
+            return mean, (draw, sums)
 
         if spec.estimator == "score":
-            loss, (draw, sum_b, count_b) = masked(state.theta)
+            loss, (draw, sums) = masked(state.theta)
             through = jnp.zeros_like(state.theta)
         else:
-            (loss, (draw, sum_b, count_b)), through = jax.value_and_grad(masked, has_aux=True)(
+            (loss, (draw, sums)), through = jax.value_and_grad(masked, has_aux=True)(
                 state.theta
             )
         gate_scale = state.gate_scale
@@ -142,8 +145,8 @@ def make_search_step(
             through, gate_scale = _normalise(through, gate_scale, state.step)
         grad = through
         if spec.estimator != "straight_through":
-            rows_loss = sum_b / jnp.maximum(count_b, 1.0)
-            grad = gumbel.score_gradient(state.theta, draw, rows_loss, k)
+            rows_loss = sums.loss / jnp.maximum(sums.weight, 1.0)
+            grad = gumbel.score_gradient(state.theta, draw, gumbel.advantage(rows_loss))
             if spec.estimator == "mixed":
                 grad = grad + through * _norm(grad) / jnp.maximum(_norm(through), 1e-12)
         updates, opt_state = optimizer.update(grad, state.opt_state, state.theta)

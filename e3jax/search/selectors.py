@@ -53,6 +53,7 @@ def leave_one_out_kl(
     `batches` are numpy Batch rows. Returns the scores and the tokens processed: L times the data.
     """
     layers = cfg.num_layers
+    objective = losses.Objective(chunk=chunk)
     others = np.array([[i for i in range(layers) if i != l] for l in range(layers)], np.int32)
 
     @jax.jit
@@ -62,8 +63,10 @@ def leave_one_out_kl(
 
         def without(layer_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
             h = decoder.hidden(params, batch, cfg, dtype=dtype, layer_ids=layer_ids, remat="none")
-            kl_b, count_b = losses.kl_rows(dense, w, h, w, batch.mask, chunk=chunk)
-            return jnp.sum(kl_b), jnp.sum(count_b)
+            sums = losses.token_sums(
+                h, w, batch.targets, batch.mask, losses.Online(dense, w), objective
+            )
+            return jnp.sum(sums.kl), jnp.sum(sums.tokens)
 
         kl_l, count_l = jax.lax.map(without, others)
         return kl_l, count_l[0], jnp.sum(batch.segments > 0)

@@ -1,0 +1,233 @@
+"""The commands: which stages run, in order, and what is printed at the end."""
+
+import dataclasses
+import json
+import logging
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from e3jax import config, job, outputs, plan, stages
+from e3jax.data import text
+from e3jax.errors import UserError
+from e3jax.evaluate import table
+from e3jax.hf import families, load
+from e3jax.job import Job
+from e3jax.models import decoder
+from e3jax.models.decoder import Params
+from e3jax.report import pictures
+from e3jax.stages import Mask
+
+log = logging.getLogger(__name__)
+
+REHEARSE_FROM = 50_000_000  # planned tokens: minutes lost to a late mistake outweigh the rehearsal
+
+
+def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
+    """Runs a command of the command line. Raises UserError for anything the user can put right."""
+    if dry_run:
+        print(_plan_text(command, run))
+        return
+    with job.open_mesh(run.mesh):
+        if command == "train":
+            train(run)
+            return
+        job_ = job.open_job(run)
+        log.info("%s", _describe_model(job_))
+        _rehearse_if_long(job_)
+        COMMANDS[command](job_)
+
+
+def _plan_text(command: str, run: config.Run) -> str:
+    source = pathlib.Path(run.train.config) if command == "train" and run.train.config else None
+    folder = load.resolve(run.model.path, run.model.revision) if source is None else source
+    cfg = families.read_config(folder)
+    job.check_window(run, cfg)
+    if command == "train":
+        steps = run.train.recipe
+        tokens = steps.steps * steps.batch * run.data.window
+        return (
+            f"train: {cfg.num_layers} layers, {decoder.count_params(cfg):,} parameters, "
+            f"<= {tokens:,} tokens"
+        )
+    resolved = plan.make_plan(run, cfg, load.source_dtype(folder))
+    return f"{run.model.path} ({cfg.family}) -> {run.out}\n{plan.describe(resolved)}"
+
+
+def _describe_model(job_: Job) -> str:
+    cfg, devices = job_.cfg, jax.devices()
+    return (
+        f"{job_.run.model.path}: {cfg.family}, {cfg.num_layers} layers, "
+        f"{decoder.count_params(cfg):,} parameters; {len(devices)} x {devices[0].device_kind}"
+    )
+
+
+# ---------------------------------------------------------------- commands
+
+
+def search(job_: Job) -> None:
+    """Stage 1 alone."""
+    mask = stages.search_mask(job_)
+    pictures.draw_search(job_, mask)
+    print(f"kept {list(mask.keep)}  held-out KL {mask.kl:.4f}  {job_.out}/search/mask.json")
+
+
+def distill(job_: Job) -> None:
+    """Stage 2 alone, of this run's mask or a given one."""
+    stages.recover(job_, _mask(job_), job_.out / "distill")
+    pictures.draw_losses(job_)
+
+
+def export(job_: Job) -> None:
+    """The recovered model as a Hugging Face folder, and the raw one where asked for."""
+    mask = _mask(job_)
+    student = stages.recover(job_, mask, job_.out / "distill")
+    if job_.run.export.raw:
+        raw = decoder.take_layers(job_.params, mask.keep)
+        outputs.export(job_, mask, raw, job_.out / "export-raw", recovered=False)
+    outputs.export(job_, mask, student, job_.out / "export", recovered=True)
+
+
+def evaluate(job_: Job) -> None:
+    """All models of the run in one table."""
+    mask = _mask(job_)
+    student = stages.recover(job_, mask, job_.out / "distill")
+    _evaluate(job_, mask, student)
+
+
+def run_all(job_: Job) -> None:
+    """search, distill, export, evaluate; then the pictures."""
+    mask = _mask(job_)
+    student = stages.recover(job_, mask, job_.out / "distill")
+    rows = _evaluate(job_, mask, student)
+    if job_.run.export.raw:
+        raw = decoder.take_layers(job_.params, mask.keep)
+        outputs.export(job_, mask, raw, job_.out / "export-raw", recovered=False, rows=rows)
+    outputs.export(job_, mask, student, job_.out / "export", recovered=True, rows=rows)
+    pictures.draw_search(job_, mask)
+    pictures.draw_losses(job_)
+    print(table.render(rows))
+    print(f"\npruned and recovered: {job_.out}/export   pictures: {job_.out}/plots")
+
+
+COMMANDS: dict[str, Callable[[Job], None]] = {
+    "run": run_all,
+    "search": search,
+    "distill": distill,
+    "export": export,
+    "evaluate": evaluate,
+}
+
+
+def _mask(job_: Job) -> Mask:
+    """The mask file of the configuration, or this run's own search."""
+    given = job_.run.distill.mask
+    if given is None:
+        return stages.search_mask(job_)
+    return stages.read_mask(pathlib.Path(given).expanduser(), job_.cfg)
+
+
+def _evaluate(job_: Job, mask: Mask, student: Params) -> list[table.Row]:
+    """Measures dense, raw and recovered models, ours and the baselines', one after the other."""
+    everything = tuple(range(job_.cfg.num_layers))
+    rows = [
+        table.measure(job_, "dense", job_.params, everything, tokens=0),
+        table.measure(job_, f"{mask.selector} raw", job_.params, mask.keep, mask.tokens),
+        table.measure_student(job_, f"{mask.selector} recovered", student, mask, "distill"),
+    ]
+    for name in job_.run.evaluate.baselines:
+        other = stages.shortgpt_mask(job_)
+        theirs = stages.recover(job_, other, job_.out / name)
+        rows.append(table.measure(job_, f"{name} raw", job_.params, other.keep, other.tokens))
+        rows.append(table.measure_student(job_, f"{name} recovered", theirs, other, name))
+    if job_.run.evaluate.loss_curve:
+        table.removal_curve(job_, mask)
+    table.write(job_.out / "evaluate", rows)
+    return rows
+
+
+# ---------------------------------------------------------------- train
+
+
+def train(run: config.Run) -> None:
+    """Next-token training, from scratch (train.config) or from a checkpoint (model.path)."""
+    out = job.claim_folder(run)
+    spec, recipe = run.train, run.train.recipe
+    if recipe.teacher != "none":
+        raise UserError(f"train.recipe.teacher={recipe.teacher}: plain training has none; use distill")
+    if spec.config is None:
+        job_ = job.open_job(run)
+        cfg, params, tokenizer_folder = job_.cfg, job_.params, job_.source
+        start: dict[str, Any] = {"model": job_.identity}
+    else:
+        if spec.tokenizer is None:
+            raise UserError("train.tokenizer: required with train.config: a tokenizer's folder")
+        cfg = families.read_config(spec.config)
+        tokenizer_folder = load.package_path(spec.tokenizer)
+        load.check_vocabulary(tokenizer_folder, cfg)
+        params = decoder.init_params(jax.random.key(run.seed), cfg)
+        start = {"config": dataclasses.asdict(cfg)}
+    job.check_window(run, cfg)
+    windows = text.tokenize(
+        run.data.train, run.data, tokenizer_folder, decontaminate=run.data.decontaminate
+    )
+    held_out = text.tokenize(run.data.held_out, run.data, tokenizer_folder)
+    trained = stages.train_student(
+        "train",
+        run,
+        recipe,
+        cfg=cfg,
+        params=params,
+        teacher=None,
+        train=windows,
+        held_out=held_out,
+        inputs=start | {"seed": run.seed, "dtype": run.model.dtype},
+        folder=out / "train",
+    )
+    outputs.export_trained(run, cfg, trained, tokenizer_folder, out / "export")
+    print(f"trained: {out}/export")
+
+
+# ---------------------------------------------------------------- rehearsal
+
+
+def _rehearse_if_long(job_: Job) -> None:
+    planned = plan.make_plan(job_.run, job_.cfg, load.source_dtype(job_.source))
+    if planned.tokens >= REHEARSE_FROM and job_.cfg.num_layers > 2:
+        begun = time.monotonic()
+        rehearse(job_)
+        log.info("rehearsal on two layers passed in %.0f s", time.monotonic() - begun)
+
+
+def rehearse(job_: Job) -> None:
+    """Two steps of every stage on the model's first two layers, in a temporary folder.
+
+    What would stop the run hours later (a shape, a full device, a folder that cannot be written)
+    stops it now.
+    """
+    run = job_.run
+    short = {"steps": 2, "checkpoint_every": 2}
+    small = dataclasses.replace(
+        run,
+        search=dataclasses.replace(
+            run.search, keep=1, protect=(), force=(), score_every=2, **short
+        ),
+        distill=dataclasses.replace(run.distill, mask=None, evaluate_every=2, **short),
+    )
+    with tempfile.TemporaryDirectory(dir=job_.out, prefix=".rehearsal-") as folder:
+        two = dataclasses.replace(
+            job_,
+            run=dataclasses.replace(small, out=folder),
+            out=pathlib.Path(folder),
+            cfg=job_.cfg.take_layers((0, 1)),
+            params=decoder.take_layers(job_.params, (0, 1)),
+        )
+        mask = stages.search_mask(two)
+        student = stages.recover(two, mask, two.out / "distill")
+        outputs.export(two, mask, student, two.out / "export", recovered=True, transformers=False)

@@ -1,0 +1,367 @@
+"""The stages of a run. Each is restartable: called again, it goes on, or returns what it has."""
+
+import contextlib
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from e3jax import config, files, job, mesh
+from e3jax.data.teacher import TeacherCache, estimate_bytes, open_cache
+from e3jax.data.windows import Windows
+from e3jax.distill import distill, losses
+from e3jax.errors import UserError
+from e3jax.evaluate.figures import make_figures
+from e3jax.job import Job
+from e3jax.models import decoder
+from e3jax.models.config import ModelConfig
+from e3jax.models.decoder import Params
+from e3jax.search import gumbel, search, selectors
+from e3jax.training.loop import fit
+from e3jax.training.optim import make_optimizer
+
+log = logging.getLogger(__name__)
+
+CALIBRATION_WINDOWS = 64  # whose mean teacher entropy is the H of the token weights
+
+
+def once(path: pathlib.Path, inputs: Mapping[str, Any], make: Callable[[], Any]) -> Any:
+    """The JSON value of `make()`, kept in a file and made again only for other inputs."""
+    key = files.fingerprint(inputs)
+    if path.exists():
+        kept = files.read_json(path)
+        if kept["inputs"] == key:
+            return kept["value"]
+    value = make()
+    if jax.process_index() == 0:
+        files.write_json(path, {"inputs": key, "value": value})
+    return value
+
+
+# ---------------------------------------------------------------- stage 1: the mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """The answer of a selector: the contents of mask.json."""
+
+    selector: str
+    num_layers: int
+    keep: tuple[int, ...]  # ascending
+    order: tuple[int, ...]  # removed layers, the least wanted first
+    scores: tuple[float, ...]  # per layer, what the selector judged by (theta, or importance)
+    kl: float  # held-out KL to the dense model, nats a token, not recovered
+    tokens: int  # processed by masked models
+    seed: int
+    checkpoint: str  # hash of the dense checkpoint
+    config: str  # hash of the stage's inputs
+
+
+def read_mask(path: pathlib.Path, cfg: ModelConfig) -> Mask:
+    """A mask file. Raises UserError when it is missing, broken or of another depth."""
+    try:
+        fields = files.read_json(path)
+        mask = Mask(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    except OSError as error:
+        raise UserError(f"{path}: no mask file: {error.strerror}; run `search` first") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a mask file of this program: {error}") from error
+    if mask.num_layers != cfg.num_layers or not set(mask.keep) <= set(range(cfg.num_layers)):
+        raise UserError(
+            f"{path}: a mask of {mask.num_layers} layers, and the model has {cfg.num_layers}"
+        )
+    return mask
+
+
+def search_mask(job_: Job) -> Mask:
+    """Stage 1: search/mask.json, by the Gumbel-TopK search."""
+    run, cfg, spec = job_.run, job_.cfg, job_.run.search
+    folder = job_.out / "search"
+    keep = search.resolve_keep(spec.keep, cfg.num_layers)
+    protect, force = search.fixed_layers(spec, cfg.num_layers)
+    decides = dataclasses.asdict(spec)
+    del decides["checkpoint_every"]
+    inputs = job_.inputs(
+        search=decides, train=job_.train.fingerprint, held_out=job_.held_out.fingerprint
+    )
+    if (folder / "mask.json").exists():
+        mask = read_mask(folder / "mask.json", cfg)
+        if mask.config == files.fingerprint(inputs):
+            log.info("search: finished before; keeping layers %s", list(mask.keep))
+            return mask
+
+    importance_l, spent = np.zeros(cfg.num_layers), 0
+    if spec.init == "kl":
+        importance_l, spent = kl_importance(job_)
+    theta = gumbel.init_theta(
+        importance_l, spec.init, spec.init_form, spec.init_scale, seed=run.seed
+    )
+    figures = make_figures(cfg, cfg, dtype=job_.dtype, chunk=run.distill.chunk)
+    held_out = list(job.ordered(job_.held_out, spec.score_windows, spec.score_windows))
+    held_tokens = float(sum(np.sum(batch.segments > 0) for batch in held_out))
+    take_step = search.make_search_step(
+        cfg, spec, seed=run.seed, dtype=job_.dtype, remat=run.model.remat, chunk=run.distill.chunk
+    )
+
+    def step(state: search.SearchState, arrays: Any) -> tuple[search.SearchState, dict]:
+        return take_step(state, job_.params, job.to_batch(arrays))
+
+    def score(number: int, state: search.SearchState) -> tuple[search.SearchState, dict]:
+        theta = np.asarray(state.theta)
+        answer = gumbel.answer(theta, keep, protect, force)
+        kl = figures(job_.params, job_.params, held_out, np.flatnonzero(answer)).kl
+        state = state.replace(tokens=state.tokens + held_tokens)
+        if kl < float(state.best_kl):
+            state = state.replace(
+                best_kl=mesh.replicate(jnp.float32(kl)), best_theta=mesh.replicate(theta)
+            )
+        probability = gumbel.keep_probability(
+            jax.random.key(0), theta, keep, protect, force, samples=2000
+        )
+        values = {
+            "held_out_kl": kl,
+            "best_kl": float(state.best_kl),
+            "theta": theta.tolist(),
+            "keep_probability": np.asarray(probability).tolist(),
+        }
+        return state, values
+
+    state = fit(
+        "search",
+        step,
+        mesh.replicate(search.init_state(theta, spec)),
+        job.step_batches(job_.train, job.rows_per_batch(spec.batch), job.data_seed(run, "search")),
+        steps=spec.steps,
+        folder=folder,
+        inputs=inputs,
+        checkpoint_every=spec.checkpoint_every,
+        evaluate=score,
+        evaluate_every=spec.score_every,
+    )
+    best = np.asarray(state.best_theta)
+    kept = gumbel.answer(best, keep, protect, force)
+    order = sorted(np.flatnonzero(~kept).tolist(), key=lambda layer: (not force[layer], best[layer]))
+    mask = Mask(
+        selector="e3",
+        num_layers=cfg.num_layers,
+        keep=tuple(np.flatnonzero(kept).tolist()),
+        order=tuple(order),
+        scores=tuple(best.tolist()),
+        kl=float(state.best_kl),
+        tokens=int(state.tokens) + spent,
+        seed=run.seed,
+        checkpoint=job_.identity,
+        config=files.fingerprint(inputs),
+    )
+    files.write_json(folder / "mask.json", mask)
+    log.info("search: keeping layers %s, held-out KL %.4f", list(mask.keep), mask.kl)
+    return mask
+
+
+def _calibration(job_: Job) -> Iterator[decoder.Batch]:
+    spec = job_.run.search
+    return job.ordered(job_.train, spec.batch, spec.init_windows)
+
+
+def kl_importance(job_: Job) -> tuple[np.ndarray, int]:
+    """KL importance of each layer on the first train windows, and the tokens it cost."""
+    inputs = job_.inputs(train=job_.train.fingerprint, windows=job_.run.search.init_windows)
+
+    def make() -> dict[str, Any]:
+        log.info("importance: KL without each of %d layers", job_.cfg.num_layers)
+        scores, tokens = selectors.leave_one_out_kl(
+            job_.params,
+            job_.cfg,
+            _calibration(job_),
+            dtype=job_.dtype,
+            chunk=job_.run.distill.chunk,
+        )
+        return {"kl": scores.tolist(), "tokens": tokens}
+
+    value = once(job_.out / "search" / "importance.json", inputs, make)
+    return np.asarray(value["kl"]), value["tokens"]
+
+
+def shortgpt_mask(job_: Job) -> Mask:
+    """shortgpt/mask.json: ShortGPT's choice on the same calibration windows."""
+    spec, cfg = job_.run.search, job_.cfg
+    keep = search.resolve_keep(spec.keep, cfg.num_layers)
+    inputs = job_.inputs(train=job_.train.fingerprint, windows=spec.init_windows, keep=keep)
+
+    def make() -> dict[str, Any]:
+        scores, tokens = selectors.block_influence(
+            job_.params, cfg, _calibration(job_), dtype=job_.dtype
+        )
+        chosen = selectors.least_important(
+            "shortgpt", scores, keep, tokens, protect=spec.protect, force=spec.force
+        )
+        return dataclasses.asdict(chosen)
+
+    chosen = once(job_.out / "shortgpt" / "influence.json", inputs, make)
+    mask = Mask(
+        selector="shortgpt",
+        num_layers=cfg.num_layers,
+        keep=tuple(chosen["keep"]),
+        order=tuple(chosen["order"]),
+        scores=tuple(chosen["scores"]),
+        kl=float("nan"),
+        tokens=chosen["tokens"],
+        seed=job_.run.seed,
+        checkpoint=job_.identity,
+        config=files.fingerprint(inputs),
+    )
+    files.write_json(job_.out / "shortgpt" / "mask.json", mask)
+    return mask
+
+
+# ---------------------------------------------------------------- stage 2: recovery
+
+
+def recover(job_: Job, mask: Mask, folder: pathlib.Path) -> Params:
+    """Stage 2: the student of a mask, distilled from the dense model; float32 parameters."""
+    run, recipe = job_.run, job_.run.distill
+    cache = None
+    if recipe.teacher == "cache":
+        cache = write_teacher_cache(job_)
+
+    def entropy() -> float:
+        if cache is not None:
+            return cache.stats["mean_entropy"]
+        return distill.mean_teacher_entropy(
+            job_.params,
+            job_.cfg,
+            job.ordered(job_.train, recipe.microbatch or recipe.batch, CALIBRATION_WINDOWS),
+            temperature=recipe.temperature,
+            dtype=job_.dtype,
+            chunk=recipe.chunk,
+        )
+
+    mean_entropy = 1.0
+    if recipe.weight != "uniform":
+        facts = job_.inputs(train=job_.train.fingerprint, temperature=recipe.temperature)
+        mean_entropy = once(job_.out / "distill" / "entropy.json", facts, entropy)
+    return train_student(
+        folder.name,
+        run,
+        recipe,
+        cfg=job_.cfg.take_layers(mask.keep),
+        params=decoder.take_layers(job_.params, mask.keep),
+        teacher=(job_.params, job_.cfg),
+        train=job_.train,
+        held_out=job_.held_out,
+        inputs=job_.inputs(keep=mask.keep),
+        folder=folder,
+        mean_entropy=mean_entropy,
+        cache=cache,
+    )
+
+
+def train_student(
+    name: str,
+    run: config.Run,
+    recipe: config.Distill,
+    *,
+    cfg: ModelConfig,
+    params: Params,
+    teacher: tuple[Params, ModelConfig] | None,
+    train: Windows,
+    held_out: Windows,
+    inputs: dict[str, Any],
+    folder: pathlib.Path,
+    mean_entropy: float = 1.0,
+    cache: TeacherCache | None = None,
+) -> Params:
+    """Trains `params` by a recipe and returns them in float32. The teacher, if any, is frozen.
+
+    Held-out figures are KL and agreement with the teacher, and perplexity.
+    """
+    if recipe.batch % (recipe.microbatch or recipe.batch):
+        raise UserError(
+            f"distill.microbatch={recipe.microbatch} does not divide distill.batch={recipe.batch}"
+        )
+    dtype = job.DTYPES[run.model.dtype]
+    optimizer = make_optimizer(recipe.optimizer, recipe.steps)
+    frozen, teacher_cfg = teacher if teacher is not None else (None, None)
+    take_step = distill.make_train_step(
+        cfg, recipe, optimizer, teacher_cfg=teacher_cfg, dtype=dtype, remat=run.model.remat
+    )
+    figures = make_figures(teacher_cfg or cfg, cfg, dtype=dtype, chunk=recipe.chunk)
+
+    def step(state: distill.TrainState, arrays: Any) -> tuple[distill.TrainState, dict]:
+        stored = None
+        if cache is not None:
+            stored = losses.TopK(*(arrays[n] for n in ("ids", "logp", "entropy")))
+        online = frozen if recipe.teacher == "online" else None
+        return take_step(state, online, job.to_batch(arrays), stored)
+
+    def evaluate(_: int, state: distill.TrainState) -> tuple[distill.TrainState, dict]:
+        # The batch size of a forward pass in the step is one that fits.
+        batches = job.ordered(held_out, recipe.microbatch or recipe.batch)
+        found = figures(state.params if frozen is None else frozen, state.params, batches)
+        values = {"held_out_perplexity": found.perplexity}
+        if frozen is not None:
+            values |= {"held_out_kl": found.kl, "held_out_agreement": found.agreement}
+        return state, values
+
+    batches = job.step_batches(
+        train, job.rows_per_batch(recipe.batch), job.data_seed(run, "distill")
+    )
+    if cache is not None:
+        plain_batches = batches
+
+        def batches(number: int) -> dict[str, np.ndarray]:
+            arrays = plain_batches(number)
+            return arrays | cache.read(arrays["index"])
+
+    decides = dataclasses.asdict(recipe)
+    del decides["checkpoint_every"]
+    state = fit(
+        name,
+        step,
+        distill.init_state(params, optimizer, mean_entropy),
+        batches,
+        steps=recipe.steps,
+        folder=folder,
+        inputs=files.plain_tree(inputs | {"recipe": decides, "train": train.fingerprint}),
+        checkpoint_every=recipe.checkpoint_every,
+        evaluate=evaluate,
+        evaluate_every=recipe.evaluate_every,
+        patience=recipe.patience,
+    )
+    if skipped := int(state.skipped):
+        log.warning("%s: %d steps were not finite and were left out", name, skipped)
+    return state.params
+
+
+def write_teacher_cache(job_: Job) -> TeacherCache:
+    """teacher/: the dense model's top-k for every train window; goes on where it was killed."""
+    recipe, folder = job_.run.distill, job_.out / "teacher"
+    windows = job_.train
+    facts = (windows, recipe.top_k, recipe.temperature, job_.identity)
+    with contextlib.suppress(UserError):
+        return open_cache(folder, *facts)
+    size = estimate_bytes(windows.tokens.size, recipe.top_k)
+    log.info("teacher cache: %.3g GB before compression, in %s", size / 1e9, folder)
+    cache = TeacherCache.create(folder, *facts)
+
+    @jax.jit
+    def topk(params: Params, batch: decoder.Batch) -> tuple[jax.Array, ...]:
+        h = decoder.hidden(params, batch, job_.cfg, dtype=job_.dtype, remat="none")
+        head = decoder.head(params, job_.cfg)
+        return losses.teacher_topk(h, head, recipe.top_k, recipe.temperature, recipe.chunk)
+
+    todo = cache.todo()
+    rows = job.rows_per_batch(recipe.microbatch or recipe.batch)
+    for start in range(0, len(todo), rows):
+        index = np.full(rows, -1)
+        index[: len(todo[start : start + rows])] = todo[start : start + rows]
+        batch = job.to_batch(job.data_batches.gather(windows, index))
+        cache.write(index, *map(np.asarray, topk(job_.params, mesh.shard_batch(batch))))
+    stats = cache.finish(windows)
+    log.info("teacher cache: %.2f %% of the mass captured", 100 * stats["captured_mass"])
+    return open_cache(folder, *facts)
