@@ -1,6 +1,7 @@
 """The command line, and the one place for environment variables and jax.config."""
 
 import argparse
+import logging
 import os
 import sys
 import textwrap
@@ -86,6 +87,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, or 2 for bad input (a message, no traceback)."""
     options = _parse(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("e3jax").setLevel(logging.INFO)
     try:
         run = config.load_run(options.config, options.overrides)
         _prepare_jax(run)

@@ -111,6 +111,7 @@ class Search:
 
 @strict
 class Distill:
+    mask: str | None = Field(None, description="mask file to recover; none = this run's search")
     steps: int = Field(1000, ge=1, description="optimiser steps")
     batch: int = Field(64, ge=1, description="windows a step")
     microbatch: int | None = Field(None, ge=1, description="windows a forward pass; divides batch")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.resources
 import json
 import os
 import pathlib
@@ -11,6 +12,15 @@ from typing import Any
 
 SAMPLED_ABOVE = 256 * 2**20  # bytes; larger weight files are hashed by samples
 SAMPLE = 2**20
+
+
+def bundled(path: str) -> pathlib.Path:
+    """A path as given, but `demo` and `demo/...` name what the package ships if nothing else has
+    that name here."""
+    here = pathlib.Path(path).expanduser()
+    if not here.exists() and (path == "demo" or path.startswith("demo/")):
+        return pathlib.Path(str(importlib.resources.files("e3jax"))) / path
+    return here
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

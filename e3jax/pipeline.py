@@ -1,19 +1,16 @@
 """The commands: which stages run, in order, and what is printed at the end."""
 
 import dataclasses
-import json
 import logging
 import pathlib
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from e3jax import config, job, outputs, plan, stages
+from e3jax import config, files, job, outputs, plan, stages
 from e3jax.data import text
 from e3jax.errors import UserError
 from e3jax.evaluate import table
@@ -45,7 +42,7 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
 
 
 def _plan_text(command: str, run: config.Run) -> str:
-    source = pathlib.Path(run.train.config) if command == "train" and run.train.config else None
+    source = files.bundled(run.train.config) if command == "train" and run.train.config else None
     folder = load.resolve(run.model.path, run.model.revision) if source is None else source
     cfg = families.read_config(folder)
     job.check_window(run, cfg)
@@ -168,8 +165,8 @@ def train(run: config.Run) -> None:
     else:
         if spec.tokenizer is None:
             raise UserError("train.tokenizer: required with train.config: a tokenizer's folder")
-        cfg = families.read_config(spec.config)
-        tokenizer_folder = load.package_path(spec.tokenizer)
+        cfg = families.read_config(files.bundled(spec.config))
+        tokenizer_folder = files.bundled(spec.tokenizer)
         load.check_vocabulary(tokenizer_folder, cfg)
         params = decoder.init_params(jax.random.key(run.seed), cfg)
         start = {"config": dataclasses.asdict(cfg)}

@@ -16,6 +16,7 @@ from typing import Any
 
 from e3jax.config import Source
 from e3jax.errors import UserError
+from e3jax.files import bundled
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def open_rows(source: Source) -> Rows:
     neither reachable nor in the local Hugging Face cache.
     """
     if is_local(source.path):
-        return _open_local(source, pathlib.Path(source.path).expanduser())
+        return _open_local(source, bundled(source.path))
     return _open_hub(source)
 
 

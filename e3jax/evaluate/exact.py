@@ -39,6 +39,12 @@ def answer_pattern(pattern: str) -> re.Pattern[str]:
     return compiled
 
 
+def last_match(pattern: re.Pattern[str], text: str) -> str | None:
+    """The answer in a text: the group's last match, stripped."""
+    found = pattern.findall(text)
+    return found[-1].strip() if found else None
+
+
 def solve(
     params: Params,
     cfg: ModelConfig,
@@ -59,12 +65,12 @@ def solve(
     answers = []
     for problem, ids in zip(problems, generate(greedy, params, prompts, spec.batch), strict=True):
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        found = pattern.findall(text)
         answers.append(
             Answer(
                 prompt=problem.prompt,
-                expected=problem.answer,
-                found=found[-1].strip() if found else None,
+                # A gold answer may be a whole solution (GSM8K's ends in `#### 18`).
+                expected=last_match(pattern, problem.answer) or problem.answer,
+                found=last_match(pattern, text),
                 text=text,
                 ended=bool(ids) and ids[-1] in set(eos),
             )

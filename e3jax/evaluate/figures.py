@@ -29,17 +29,17 @@ class Figures:
 def make_figures(
     cfg: ModelConfig, student_cfg: ModelConfig, *, dtype: Any, chunk: int
 ) -> Callable[..., Figures]:
-    """(dense params, student params, numpy batches, layer_ids=None) -> Figures.
+    """(dense params, student params, numpy batches, keep=None) -> Figures.
 
-    With `layer_ids` (ascending) the student is those layers of `student params`, uncopied.
+    With `keep` the student is those layers of its parameters, chosen by gates: one compilation
+    serves every mask, and equals the sliced model exactly.
     """
 
     @jax.jit
-    def sums(dense: Params, student: Params, batch: Batch, layer_ids: jax.Array | None):
+    def sums(dense: Params, student: Params, batch: Batch, gates_l: jax.Array) -> losses.Sums:
         h_dense = decoder.hidden(dense, batch, cfg, dtype=dtype, remat="none")
-        h = decoder.hidden(
-            student, batch, student_cfg, dtype=dtype, remat="none", layer_ids=layer_ids
-        )
+        gates = jnp.broadcast_to(gates_l, (batch.tokens.shape[0], gates_l.shape[0]))
+        h = decoder.hidden(student, batch, student_cfg, dtype=dtype, remat="none", gates_bl=gates)
         sums = losses.token_sums(
             h,
             decoder.head(student, student_cfg),
@@ -54,12 +54,14 @@ def make_figures(
         dense: Params,
         student: Params,
         batches: Iterable[Any],
-        layer_ids: Sequence[int] | None = None,
+        keep: Sequence[int] | None = None,
     ) -> Figures:
-        ids = None if layer_ids is None else np.asarray(layer_ids, np.int32)
+        gates = np.ones(student_cfg.num_layers, np.float32)
+        if keep is not None:
+            gates[np.setdiff1d(np.arange(len(gates)), keep)] = 0.0
         nll = kl = agree = tokens = 0.0
         for batch in batches:
-            part = sums(dense, student, mesh.shard_batch(batch), ids)
+            part = sums(dense, student, mesh.shard_batch(batch), gates)
             nll, kl = nll + float(part.nll), kl + float(part.kl)
             agree, tokens = agree + float(part.agree), tokens + float(part.tokens)
         count = max(tokens, 1.0)

@@ -48,3 +48,118 @@ class Row:
             "perplexity": f"{self.perplexity:.3f}",
             "tokens": f"{self.tokens / 1e6:,.2f} M",
         }
+
+
+def measure(
+    job_: Job, model: str, params: Params, keep: Sequence[int], tokens: int
+) -> Row:
+    """Figures of layers `keep` of the dense model's parameters; kept on disk, measured once."""
+    sliced = lambda: decoder.take_layers(params, keep)  # noqa: E731
+    return _once(job_, model, keep, sliced, {"keep": list(keep)}, tokens)
+
+
+def measure_student(job_: Job, model: str, student: Params, mask: Any, stage: str) -> Row:
+    """Figures of a recovered model."""
+    inputs = files.read_json(job_.out / stage / "checkpoints" / "inputs.json")
+    recipe = job_.run.distill
+    tokens = mask.tokens + int(_spent(job_.out / stage))
+    return _once(job_, model, mask.keep, lambda: student, {"stage": inputs, "of": recipe}, tokens)
+
+
+def _spent(stage: pathlib.Path) -> float:
+    from e3jax.training.metrics import read_metrics
+
+    return sum(line.get("tokens", 0.0) for line in read_metrics(stage))
+
+
+def _once(
+    job_: Job, model: str, keep: Sequence[int], params: Any, inputs: dict[str, Any], tokens: int
+) -> Row:
+    """Measures a model unless its file is there, made from the same model, data and settings."""
+    spec = job_.run.evaluate
+    path = job_.out / "evaluate" / f"{model.replace(' ', '-')}.json"
+    measured = job_.measured.fingerprint
+    key = files.fingerprint(
+        job_.inputs(**inputs, evaluate=spec, measured=measured, test=job_.run.data.test)
+    )
+    if path.exists() and (kept := files.read_json(path))["inputs"] == key:
+        return Row(**kept["row"])
+    begun = time.monotonic()
+    student, cfg = params(), job_.cfg.take_layers(keep)
+    figures = make_figures(job_.cfg, cfg, dtype=job_.dtype, chunk=job_.run.distill.chunk)
+    found = figures(job_.params, student, job.ordered(job_.measured, spec.batch))
+    answers: list[Answer] = []
+    if job_.run.data.test:
+        answers = solve(
+            student,
+            cfg,
+            job_.problems,
+            job_.tokenizer,
+            dataclasses.replace(spec, batch=job.rows_per_batch(spec.batch)),
+            eos=job_.eos,
+            dtype=job_.dtype,
+        )
+    row = Row(
+        model=model,
+        layers=cfg.num_layers,
+        parameters=decoder.count_params(cfg),
+        perplexity=found.perplexity,
+        kl=found.kl,
+        agreement=found.agreement,
+        exact_match=sum(a.correct for a in answers) / len(answers) if answers else None,
+        problems=len(answers),
+        tokens=tokens,
+    )
+    if jax.process_index() == 0:
+        lines = [json.dumps(dataclasses.asdict(a) | {"correct": a.correct}) for a in answers]
+        files.write_text(path.with_suffix(".answers.jsonl"), "\n".join(lines) + "\n")
+        files.write_json(path, {"inputs": key, "row": row})
+    log.info("evaluate: %-20s %s  (%.0f s)", model, summary(row), time.monotonic() - begun)
+    return row
+
+
+def summary(row: Row) -> str:
+    """The row's main figures in a line."""
+    shown = row.shown()
+    return f"exact match {shown['exact match']}  KL {shown['KL']}  perplexity {shown['perplexity']}"
+
+
+def removal_curve(job_: Job, mask: Any) -> list[dict[str, float]]:
+    """KL after each successive removal in the mask's order, nothing trained: evaluate/removal.json."""
+    path = job_.out / "evaluate" / "removal.json"
+    key = files.fingerprint(job_.inputs(order=mask.order, measured=job_.measured.fingerprint))
+    if path.exists() and (kept := files.read_json(path))["inputs"] == key:
+        return kept["curve"]
+    figures = make_figures(job_.cfg, job_.cfg, dtype=job_.dtype, chunk=job_.run.distill.chunk)
+    curve = []
+    for count in range(len(mask.order) + 1):
+        gone = set(mask.order[:count])
+        keep = [i for i in range(job_.cfg.num_layers) if i not in gone]
+        batches = job.ordered(job_.measured, job_.run.evaluate.batch)
+        found = figures(job_.params, job_.params, batches, keep)
+        curve.append({"removed": count, "kl": found.kl, "perplexity": found.perplexity})
+    if jax.process_index() == 0:
+        files.write_json(path, {"inputs": key, "curve": curve})
+    return curve
+
+
+def render(rows: Sequence[Row]) -> str:
+    """The table as aligned text."""
+    cells = [list(rows[0].shown()), *(list(row.shown().values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for line in cells:
+        first, *others = (
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        lines.append("  ".join([first, *others]).rstrip())
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)
+
+
+def write(folder: pathlib.Path, rows: Sequence[Row]) -> None:
+    """results.json and results.txt."""
+    if jax.process_index() == 0:
+        files.write_json(folder / "results.json", [dataclasses.asdict(row) for row in rows])
+        files.write_text(folder / "results.txt", render(rows) + "\n")

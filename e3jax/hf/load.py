@@ -1,7 +1,6 @@
 """A Hugging Face checkpoint -> sharded parameters. Strict, and each process reads only its part."""
 
 import functools
-import importlib.resources
 import pathlib
 import re
 from collections import Counter
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from e3jax import files
 from e3jax.errors import UserError
 from e3jax.hf.families import read_config, read_json
 from e3jax.hf.safetensors import DTYPES, Stored, read_header
@@ -33,10 +33,7 @@ def resolve(path: str, revision: str | None = None) -> pathlib.Path:
 
     A hub id is downloaded to the Hugging Face cache. Raises UserError when it is none of them.
     """
-    if path == "demo":
-        folder = pathlib.Path(str(importlib.resources.files("e3jax"))) / "demo" / "model"
-    else:
-        folder = pathlib.Path(path).expanduser()
+    folder = files.bundled("demo/model" if path == "demo" else path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no config.json; expected a Hugging Face checkpoint folder")

@@ -1,0 +1,74 @@
+"""Draws a run's pictures from the records its stages left."""
+
+import logging
+
+import numpy as np
+
+from e3jax import files
+from e3jax.job import Job
+from e3jax.report import plots
+from e3jax.stages import Mask
+from e3jax.training.metrics import read_metrics
+
+log = logging.getLogger(__name__)
+
+
+def draw_search(job_: Job, mask: Mask) -> None:
+    """plots/: kept layers over the search, importance by layer, held-out KL, removal curve."""
+    folder = job_.out / "plots"
+    folder.mkdir(exist_ok=True)
+    lines = read_metrics(job_.out / "search")
+    scored = [line for line in lines if "keep_probability" in line]
+    if scored:
+        probability = np.array([line["keep_probability"] for line in scored])
+        steps = [line["step"] for line in scored]
+        plots.kept_layers(folder / "kept-layers.png", steps, probability, mask.keep)
+        losses = [line for line in lines if "loss" in line]
+        plots.curves(
+            folder / "search.png",
+            {
+                "masked models, train": ([x["step"] for x in losses], [x["loss"] for x in losses]),
+                "answer, held out": (steps, [x["held_out_kl"] for x in scored]),
+                "best answer, held out": (steps, [x["best_kl"] for x in scored]),
+            },
+            xlabel="search step",
+            ylabel="KL to dense (nats/token)",
+            title="Search",
+        )
+    importance = job_.out / "search" / "importance.json"
+    if importance.exists():
+        kl = files.read_json(importance)["value"]["kl"]
+        plots.importance(folder / "importance.png", kl, mask.keep)
+    removal = job_.out / "evaluate" / "removal.json"
+    if removal.exists():
+        curve = files.read_json(removal)["curve"]
+        plots.curves(
+            folder / "removal.png",
+            {"KL": ([x["removed"] for x in curve], [x["kl"] for x in curve])},
+            xlabel="layers removed, in the search's order",
+            ylabel="KL to dense (nats/token)",
+            title="Loss after each removal, before any training",
+        )
+
+
+def draw_losses(job_: Job) -> None:
+    """plots/distillation.png: train and held-out KL of every recovery of the run."""
+    series = {}
+    for stage in ("distill", *job_.run.evaluate.baselines):
+        lines = read_metrics(job_.out / stage)
+        train = [line for line in lines if "kl" in line]
+        held = [line for line in lines if "held_out_kl" in line]
+        if train:
+            name = "ours" if stage == "distill" else stage
+            series[f"{name}, train"] = ([x["step"] for x in train], [x["kl"] for x in train])
+            series[f"{name}, held out"] = ([x["step"] for x in held], [x["held_out_kl"] for x in held])
+    if series:
+        folder = job_.out / "plots"
+        folder.mkdir(exist_ok=True)
+        plots.curves(
+            folder / "distillation.png",
+            series,
+            xlabel="step",
+            ylabel="KL to dense (nats/token)",
+            title="Distillation",
+        )
