@@ -202,15 +202,28 @@ def _override(tree: dict[str, Any], text: str) -> None:
     if not equals or not key:
         raise UserError(f"override {text!r}: expected key=value, such as search.keep=24")
     *parents, last = key.split(".")
+    place: Any = tree
     for name in parents:
-        child = tree.setdefault(name, {})
-        if not isinstance(child, dict):
-            raise UserError(f"override {text!r}: {name} is a value, not a section")
-        tree = child
+        if isinstance(place, dict):
+            place.setdefault(name, {})
+        place = _child(place, name, text)
+    if isinstance(place, list):
+        _child(place, last, text)
+    elif not isinstance(place, dict):
+        raise UserError(f"override {text!r}: {'.'.join(parents)} is a value, not a section")
     try:
-        tree[last] = yaml.safe_load(value)
+        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UserError(f"override {text!r}: the value is not valid YAML") from error
+
+
+def _child(place: Any, name: str, text: str) -> Any:
+    """One step down a dotted key; lists are entered by number, as in data.train.0.path."""
+    if isinstance(place, dict):
+        return place[name]
+    if isinstance(place, list) and name.isdigit() and int(name) < len(place):
+        return place[int(name)]
+    raise UserError(f"override {text!r}: there is nothing at {name}")
 
 
 def validate(tree: dict[str, Any], where: str) -> Run:
