@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 
 from e3jax import __version__, config
-from e3jax.errors import UserError
+from e3jax.errors import Diverged, UserError
 
 COMMANDS = {
     "run": (
@@ -85,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, or 2 for bad input (a message, no traceback)."""
+    """Runs a command; returns the exit code: 0, 2 for bad input, 1 for a run that diverged."""
     options = _parse(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("e3jax").setLevel(logging.INFO)
@@ -98,6 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -108,9 +111,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses options and overrides in any order."""
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
-    if unknown := [a for a in rest if a.startswith("-") or "=" not in a]:
-        parser.error(f"unknown argument: {' '.join(unknown)}")
     options.overrides = [*options.overrides, *rest]
+    if unknown := [a for a in options.overrides if a.startswith("-") or "=" not in a]:
+        parser.error(f"neither an option nor key=value: {' '.join(unknown)}")
     return options
 
 

@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen, typed, strict. YAML in; an unknown key or bad value is an error.
+"""The configuration of a run: frozen, typed, strict. An unknown key or bad value is an error.
 
 Every field carries its own help text, so `--help`, validation and the code share one source.
 """
@@ -6,195 +6,306 @@ Every field carries its own help text, so `--help`, validation and the code shar
 import dataclasses
 import difflib
 import pathlib
+import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
 
 import pydantic
 import yaml
 from pydantic import Field
 
+from e3jax import files
 from e3jax.errors import UserError
 
-strict = pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+T = TypeVar("T")
 
+
+@dataclass_transform(frozen_default=True, field_specifiers=(Field,))
+def strict(cls: type[T]) -> type[T]:
+    """A frozen dataclass that checks its values and refuses unknown fields."""
+    forbid = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+    return cast(type[T], pydantic.dataclasses.dataclass(frozen=True, config=forbid)(cls))
+
+
+Positive = Annotated[float, Field(gt=0)]
 Rows = Annotated[str, Field(pattern=r"^-?\d*:-?\d*$")]
 
 
 @strict
 class Model:
-    path: str = Field("demo", description="folder, Hugging Face hub id, or `demo` (the bundled model)")
-    revision: str | None = Field(None, description="hub revision")
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="compute dtype")
+    path: str = Field(
+        default="demo", description="folder, Hugging Face hub id, or `demo` (the bundled model)"
+    )
+    revision: str | None = Field(default=None, description="hub revision")
+    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="compute dtype")
     remat: Literal["none", "layer"] = Field(
-        "layer", description="what backward recomputes: nothing, or each layer from its input"
+        default="layer",
+        description="what backward recomputes: nothing, or each layer from its input",
     )
 
 
 @strict
 class Mesh:
-    replica: int = Field(1, ge=1, description="data-parallel replicas (between slices)")
-    data: int = Field(-1, ge=-1, description="FSDP size; -1 = all remaining devices")
-    model: int = Field(1, ge=1, description="tensor-parallel size")
+    replica: int = Field(default=1, ge=1, description="data-parallel replicas (between slices)")
+    data: int = Field(default=-1, ge=-1, description="FSDP size; -1 = all remaining devices")
+    model: int = Field(default=1, ge=1, description="tensor-parallel size")
 
 
 @strict
 class Source:
     path: str = Field(description="file (jsonl, json, parquet, text; .gz too), folder or hub id")
-    name: str | None = Field(None, description="hub configuration name")
-    split: str = Field("train", description="split")
-    rows: tuple[Rows, ...] = Field((), description="Python slices of the rows used; empty = all")
-    streaming: bool = Field(False, description="read lazily from the hub")
+    name: str | None = Field(default=None, description="hub configuration name")
+    split: str = Field(default="train", description="split")
+    rows: tuple[Rows, ...] = Field(
+        default=(), description="Python slices of the rows used; empty = all"
+    )
+    streaming: bool = Field(default=False, description="read lazily from the hub")
     format: Literal["auto", "text", "completion", "messages", "chat"] = Field(
-        "auto",
+        default="auto",
         description="which fields are read; auto looks at the columns; chat = prompt and completion"
         " as a user's and an assistant's turn of the chat template",
     )
-    text: str = Field("text", description="field of plain text")
-    prompt: str = Field("prompt", description="field of the prompt")
-    completion: str = Field("completion", description="field of the completion")
-    messages: str = Field("messages", description="field of a list of {role, content}")
-    answer: str = Field("answer", description="field of the checkable answer (test data)")
-    separator: str = Field(" ", description="stands between prompt and completion")
+    text: str = Field(default="text", description="field of plain text")
+    prompt: str = Field(default="prompt", description="field of the prompt")
+    completion: str = Field(default="completion", description="field of the completion")
+    messages: str = Field(default="messages", description="field of a list of {role, content}")
+    answer: str = Field(default="answer", description="field of the checkable answer (test data)")
+    separator: str = Field(default=" ", description="stands between prompt and completion")
 
 
 @strict
 class Data:
-    train: tuple[Source, ...] = Field((), description="calibration and recovery data")
-    held_out: tuple[Source, ...] = Field((), description="scores the search and the student; never trained on")
-    test: tuple[Source, ...] = Field((), description="problems with a checkable answer")
-    measure: tuple[Source, ...] = Field((), description="text for perplexity and KL; none = test")
-    window: int = Field(4096, ge=8, description="tokens a row of a batch")
-    pack: bool = Field(True, description="several documents a window, isolated by segment ids")
-    loss_on: Literal["all", "completion"] = Field("all", description="tokens that carry loss")
-    long_rows: Literal["split", "drop"] = Field("split", description="what becomes of documents longer than the window")
-    decontaminate: tuple[str, ...] = Field(
-        ("math-500", "gsm8k"),
-        description="evaluation sets (known names or jsonl files) whose questions may not occur in train",
+    train: tuple[Source, ...] = Field(default=(), description="calibration and recovery data")
+    held_out: tuple[Source, ...] = Field(
+        default=(), description="scores the search and the student; never trained on"
     )
-    cache: str = Field("~/.cache/e3jax/tokens", description="folder of tokenised windows")
+    test: tuple[Source, ...] = Field(default=(), description="problems with a checkable answer")
+    measure: tuple[Source, ...] = Field(
+        default=(), description="text for perplexity and KL; none = test"
+    )
+    window: int = Field(default=4096, ge=8, description="tokens a row of a batch")
+    pack: bool = Field(
+        default=True, description="several documents a window, isolated by segment ids"
+    )
+    loss_on: Literal["all", "completion"] = Field(
+        default="all", description="tokens that carry loss"
+    )
+    long_rows: Literal["split", "drop"] = Field(
+        default="split", description="what becomes of documents longer than the window"
+    )
+    decontaminate: tuple[str, ...] = Field(
+        default=("math-500", "gsm8k"),
+        description="evaluation sets (known names or jsonl files) whose questions may not occur in"
+        " train",
+    )
+    cache: str = Field(default="~/.cache/e3jax/tokens", description="folder of tokenised windows")
 
 
 @strict
 class Optimizer:
-    lr: float = Field(1e-4, gt=0, description="peak learning rate")
-    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps with rising learning rate")
-    final: float = Field(0.1, ge=0, le=1, description="last learning rate as a share of the peak (cosine)")
-    b1: float = Field(0.9, ge=0, lt=1, description="Adam")
-    b2: float = Field(0.95, ge=0, lt=1, description="Adam")
-    eps: float = Field(1e-8, gt=0, description="Adam")
-    weight_decay: float = Field(0.0, ge=0, description="on matrices only")
-    clip: float = Field(1.0, gt=0, description="global gradient norm")
+    lr: float = Field(default=1e-4, gt=0, description="peak learning rate")
+    warmup: float = Field(
+        default=0.03, ge=0, lt=1, description="share of the steps with rising learning rate"
+    )
+    final: float = Field(
+        default=0.1, ge=0, le=1, description="last learning rate as a share of the peak (cosine)"
+    )
+    b1: float = Field(default=0.9, ge=0, lt=1, description="Adam")
+    b2: float = Field(default=0.95, ge=0, lt=1, description="Adam")
+    eps: float = Field(default=1e-8, gt=0, description="Adam")
+    weight_decay: float = Field(default=0.0, ge=0, description="on matrices only")
+    clip: float = Field(default=1.0, gt=0, description="global gradient norm")
 
 
 @strict
 class Search:
-    keep: int | float = Field(0.75, gt=0, description="layers kept: a count, or a share below 1")
-    steps: int = Field(500, ge=1, description="search steps")
-    batch: int = Field(16, ge=1, description="windows a step; each draws its own mask")
-    init: Literal["kl", "zeros", "random"] = Field("kl", description="start of theta")
-    init_form: Literal["log", "rank"] = Field("log", description="importance -> theta: zscore(log s) or zscore(rank)")
-    init_scale: float = Field(2.0, ge=0, description="spread of the start in Gumbel standard deviations (1.28)")
-    init_windows: int = Field(16, ge=1, description="windows that measure the importance")
-    estimator: Literal["score", "straight_through", "mixed"] = Field("score", description="gradient of theta")
-    relaxation: Literal["threshold", "khot", "softmax"] = Field("threshold", description="backward of straight_through")
-    masks: Literal["row", "batch"] = Field("row", description="one mask a row, or one a batch")
-    tau: tuple[float, float] = Field((4.0, 0.3), description="relaxation temperature, first and last")
-    curriculum: float = Field(0.3, ge=0, le=1, description="share of the steps over which K falls from L")
-    loss: Literal["kl", "ce"] = Field("kl", description="KL to the dense model, or next-token cross-entropy")
-    lr: float = Field(0.1, gt=0, description="learning rate of theta (Adam)")
-    protect: tuple[int, ...] = Field((), description="layers never removed")
-    force: tuple[int, ...] = Field((), description="layers always removed")
-    score_every: int = Field(20, ge=1, description="steps between held-out scores of the current answer")
-    score_windows: int = Field(16, ge=1, description="held-out windows a score")
-    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
+    keep: int | float = Field(
+        default=0.75, gt=0, description="layers kept: a count, or a share below 1"
+    )
+    steps: int = Field(default=500, ge=1, description="search steps")
+    batch: int = Field(default=16, ge=1, description="windows a step; each draws its own mask")
+    init: Literal["kl", "zeros", "random"] = Field(default="kl", description="start of theta")
+    init_form: Literal["log", "rank"] = Field(
+        default="log", description="importance -> theta: zscore(log s) or zscore(rank)"
+    )
+    init_scale: float = Field(
+        default=2.0, ge=0, description="spread of the start in Gumbel standard deviations (1.28)"
+    )
+    init_windows: int = Field(default=16, ge=1, description="windows that measure the importance")
+    estimator: Literal["score", "straight_through", "mixed"] = Field(
+        default="score", description="gradient of theta"
+    )
+    relaxation: Literal["threshold", "khot", "softmax"] = Field(
+        default="threshold", description="backward of straight_through"
+    )
+    masks: Literal["row", "batch"] = Field(
+        default="row", description="one mask a row, or one a batch"
+    )
+    tau: tuple[Positive, Positive] = Field(
+        default=(4.0, 0.3), description="relaxation temperature, first and last"
+    )
+    curriculum: float = Field(
+        default=0.3, ge=0, le=1, description="share of the steps over which K falls from L"
+    )
+    loss: Literal["kl", "ce"] = Field(
+        default="kl", description="KL to the dense model, or next-token cross-entropy"
+    )
+    lr: float = Field(default=0.1, gt=0, description="learning rate of theta (Adam)")
+    protect: tuple[int, ...] = Field(default=(), description="layers never removed")
+    force: tuple[int, ...] = Field(default=(), description="layers always removed")
+    score_every: int = Field(
+        default=20, ge=1, description="steps between held-out scores of the current answer"
+    )
+    score_windows: int = Field(default=16, ge=1, description="held-out windows a score")
+    checkpoint_every: int = Field(default=50, ge=1, description="steps between checkpoints")
 
 
 @strict
 class Distill:
-    mask: str | None = Field(None, description="mask file to recover; none = this run's search")
-    steps: int = Field(1000, ge=1, description="optimiser steps")
-    batch: int = Field(64, ge=1, description="windows a step")
-    microbatch: int | None = Field(None, ge=1, description="windows a forward pass; divides batch")
-    optimizer: Optimizer = Field(Optimizer(), description="")
-    weight: Literal["teacher", "student", "joint", "uniform"] = Field("teacher", description="entropy that weighs a token")
-    weight_clip: tuple[float, float] = Field((0.2, 5.0), description="least and greatest token weight")
-    weight_power: float = Field(1.0, ge=0, description="sharpness: w = (H / mean H) ** power")
-    divergence: Literal["forward_kl", "reverse_kl", "skew_kl"] = Field("forward_kl", description="teacher || student and its kin")
-    skew: float = Field(0.1, gt=0, lt=1, description="lambda of skew_kl")
-    temperature: float = Field(1.0, gt=0, description="distillation temperature T; the loss carries T**2")
-    ce: float = Field(0.0, ge=0, le=1, description="share of the loss that is next-token cross-entropy")
-    teacher: Literal["online", "cache", "none"] = Field("online", description="full-vocabulary teacher in the step, its stored top-k, or none (plain fine-tuning)")
-    top_k: int = Field(10, ge=1, description="stored logits a token")
-    tail: Literal["renormalise", "drop", "bucket"] = Field("bucket", description="what stands for the outcomes beyond top_k")
-    chunk: int = Field(2048, ge=1, description="tokens whose logits exist at a time")
-    evaluate_every: int = Field(100, ge=1, description="steps between held-out figures")
-    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
-    patience: int = Field(10, ge=1, description="non-finite steps in a row that stop the job")
+    mask: str | None = Field(
+        default=None, description="mask file to recover; none = this run's search"
+    )
+    steps: int = Field(default=1000, ge=1, description="optimiser steps")
+    batch: int = Field(default=64, ge=1, description="windows a step")
+    microbatch: int | None = Field(
+        default=None, ge=1, description="windows a forward pass; divides batch"
+    )
+    optimizer: Optimizer = Field(default=Optimizer(), description="")
+    weight: Literal["teacher", "student", "joint", "uniform"] = Field(
+        default="teacher", description="entropy that weighs a token"
+    )
+    weight_clip: tuple[Positive, Positive] = Field(
+        default=(0.2, 5.0), description="least and greatest token weight"
+    )
+    weight_power: float = Field(
+        default=1.0, ge=0, description="sharpness: w = (H / mean H) ** power"
+    )
+    divergence: Literal["forward_kl", "reverse_kl", "skew_kl"] = Field(
+        default="forward_kl", description="teacher || student and its kin"
+    )
+    skew: float = Field(default=0.1, gt=0, lt=1, description="lambda of skew_kl")
+    temperature: float = Field(
+        default=1.0, gt=0, description="distillation temperature T; the loss carries T**2"
+    )
+    ce: float = Field(
+        default=0.0, ge=0, le=1, description="share of the loss that is next-token cross-entropy"
+    )
+    teacher: Literal["online", "cache", "none"] = Field(
+        default="online",
+        description="full-vocabulary teacher in the step, its stored top-k, or none (plain"
+        " fine-tuning)",
+    )
+    top_k: int = Field(default=10, ge=1, description="stored logits a token")
+    tail: Literal["renormalise", "drop", "bucket"] = Field(
+        default="bucket", description="what stands for the outcomes beyond top_k"
+    )
+    chunk: int = Field(default=2048, ge=1, description="tokens whose logits exist at a time")
+    evaluate_every: int = Field(default=100, ge=1, description="steps between held-out figures")
+    checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
+    patience: int = Field(
+        default=10, ge=1, description="non-finite steps in a row that stop the job"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> "Distill":
+        if self.batch % (self.microbatch or 1):
+            raise ValueError(f"microbatch={self.microbatch} does not divide batch={self.batch}")
+        if (
+            self.teacher == "cache"
+            and self.weight in ("student", "joint")
+            and self.tail != "bucket"
+        ):
+            raise ValueError(f"weight={self.weight} with a cached teacher needs tail=bucket")
+        return self
 
 
 @strict
 class Train:
-    config: str | None = Field(None, description="config.json to start from scratch with; none = continue model.path")
-    tokenizer: str | None = Field(None, description="tokenizer folder, with config")
-    recipe: Distill = Field(Distill(teacher="none", weight="uniform", ce=1.0), description="")
+    config: str | None = Field(
+        default=None,
+        description="config.json to start from scratch with; none = continue model.path",
+    )
+    tokenizer: str | None = Field(default=None, description="tokenizer folder, with config")
+    recipe: Distill = Field(
+        default=Distill(teacher="none", weight="uniform", ce=1.0), description=""
+    )
 
 
 @strict
 class Export:
-    dtype: Literal["source", "bfloat16", "float16", "float32"] = Field("source", description="dtype written; source = the checkpoint's own")
-    shard_gb: float = Field(5.0, gt=0, le=5, description="greatest shard, 10**9 bytes")
-    raw: bool = Field(False, description="export the un-recovered model too")
+    dtype: Literal["source", "bfloat16", "float16", "float32"] = Field(
+        default="source", description="dtype written; source = the checkpoint's own"
+    )
+    shard_gb: float = Field(default=5.0, gt=0, le=5, description="greatest shard, 10**9 bytes")
+    raw: bool = Field(default=False, description="export the un-recovered model too")
 
 
 @strict
 class Evaluate:
-    rows: int | None = Field(None, ge=1, description="test problems; none = all")
-    batch: int = Field(64, ge=1, description="problems decoded together")
-    max_new_tokens: int = Field(256, ge=1, description="longest answer")
-    answer: str = Field(r"answer : (\S+)", description="regular expression whose first group is the answer; its last match counts")
-    baselines: tuple[Literal["shortgpt"], ...] = Field(("shortgpt",), description="selectors given the same recovery")
-    loss_curve: bool = Field(True, description="loss after each successive removal")
+    rows: int | None = Field(default=None, ge=1, description="test problems; none = all")
+    batch: int = Field(default=64, ge=1, description="problems decoded together")
+    max_new_tokens: int = Field(default=256, ge=1, description="longest answer")
+    answer: str = Field(
+        default=r"answer : (\S+)",
+        description="regular expression whose first group is the answer; its last match counts",
+    )
+    baselines: tuple[Literal["shortgpt"], ...] = Field(
+        default=("shortgpt",), description="selectors given the same recovery"
+    )
+    loss_curve: bool = Field(default=True, description="loss after each successive removal")
+
+    @pydantic.field_validator("answer")
+    @classmethod
+    def _has_group(cls, pattern: str) -> str:
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        if groups != 1:
+            raise ValueError("expected one group, such as answer : (\\S+)")
+        return pattern
 
 
 @strict
 class Run:
     out: str = Field(description="run folder")
-    seed: int = Field(0, ge=0, description="decides every random draw")
-    deterministic: bool = Field(False, description="bitwise repeatable on GPU, slower")
-    model: Model = Field(Model(), description="the model")
-    mesh: Mesh = Field(Mesh(), description="devices")
-    data: Data = Field(Data(), description="data")
-    search: Search = Field(Search(), description="stage 1")
-    distill: Distill = Field(Distill(), description="stage 2")
-    train: Train = Field(Train(), description="plain training (the `train` command)")
-    export: Export = Field(Export(), description="safetensors out")
-    evaluate: Evaluate = Field(Evaluate(), description="figures")
-
-    @pydantic.model_validator(mode="after")
-    def _consistent(self) -> "Run":
-        if self.distill.teacher == "cache" and self.distill.weight in ("student", "joint"):
-            if self.distill.tail != "bucket":
-                raise ValueError("distill.weight student/joint with a cached teacher needs tail=bucket")
-        return self
+    seed: int = Field(default=0, ge=0, description="decides every random draw")
+    deterministic: bool = Field(default=False, description="bitwise repeatable on GPU, slower")
+    model: Model = Field(default=Model(), description="the model")
+    mesh: Mesh = Field(default=Mesh(), description="devices")
+    data: Data = Field(default=Data(), description="data")
+    search: Search = Field(default=Search(), description="stage 1")
+    distill: Distill = Field(default=Distill(), description="stage 2")
+    train: Train = Field(default=Train(), description="plain training (the `train` command)")
+    export: Export = Field(default=Export(), description="safetensors out")
+    evaluate: Evaluate = Field(default=Evaluate(), description="figures")
 
 
 def load_run(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Run:
     """Reads a YAML file, applies `key.path=value` overrides (values are YAML), validates.
 
-    Raises UserError naming the file, key and value; an unknown key comes with the nearest known one.
+    A file that is not here, or a bare name such as `demo`, means one of the bundled configurations.
+    Raises UserError naming the file, key and value; an unknown key with the nearest known one.
     """
-    path = pathlib.Path(path)
+    path = _find(str(path))
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected keys and values, found {type(tree).__name__}")
     for text in overrides:
         _override(tree, text)
     return validate(tree, str(path))
+
+
+def _find(path: str) -> pathlib.Path:
+    name = pathlib.Path(path)
+    if not name.is_file() and name.suffix not in (".yaml", ".yml") and len(name.parts) == 1:
+        path = f"configs/{path}.yaml"
+    return files.bundled(path)
 
 
 def _override(tree: dict[str, Any], text: str) -> None:
@@ -211,8 +322,9 @@ def _override(tree: dict[str, Any], text: str) -> None:
         _child(place, last, text)
     elif not isinstance(place, dict):
         raise UserError(f"override {text!r}: {'.'.join(parents)} is a value, not a section")
+    index: Any = int(last) if isinstance(place, list) else last
     try:
-        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
+        place[index] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UserError(f"override {text!r}: the value is not valid YAML") from error
 
@@ -232,20 +344,23 @@ def validate(tree: dict[str, Any], where: str) -> Run:
         return pydantic.TypeAdapter(Run).validate_python(tree)
     except pydantic.ValidationError as error:
         lines = [_explain(e) for e in error.errors()]
-        raise UserError("\n".join([f"{where}: {len(lines)} mistake(s) in the configuration", *lines]))
+        head = f"{where}: {len(lines)} mistake(s) in the configuration"
+        raise UserError("\n".join([head, *lines])) from error
 
 
 def _explain(error: Any) -> str:
     place = [p for p in error["loc"] if p not in ("int", "float", "str", "none")]
     key = ".".join(str(p) for p in place)
     if error["type"] == "unexpected_keyword_argument":
-        known = known_keys()
         general = ".".join(str(p) for p in place if not isinstance(p, int))
+        known = {".".join(key.split(".")[: general.count(".") + 1]) for key in known_keys()}
+        known |= known_keys().keys()
         near = difflib.get_close_matches(general, known, 1, 0.5)
         return f"  {key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
     if error["type"] in ("missing", "missing_argument"):
         return f"  {key}: required and missing"
-    return f"  {key}: {error['msg'].removeprefix('Value error, ')} (found {error['input']!r})"
+    found = "" if isinstance(error["input"], dict) else f" (found {error['input']!r})"
+    return f"  {key}: {error['msg'].removeprefix('Value error, ')}{found}"
 
 
 def known_keys(cls: Any = Run, prefix: str = "") -> dict[str, str]:

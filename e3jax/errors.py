@@ -1,4 +1,4 @@
-"""The one exception that means: the input is wrong, and the user can put it right."""
+"""The exceptions that mean something to the user: the command line prints them, no traceback."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class Diverged(RuntimeError):
+    """A run of training steps whose gradients were not finite. The exit code is 1."""

@@ -15,12 +15,14 @@ SAMPLE = 2**20
 
 
 def bundled(path: str) -> pathlib.Path:
-    """A path as given, but `demo` and `demo/...` name what the package ships if nothing else has
-    that name here."""
+    """A path as given; but if nothing of that name is here, `demo`, `demo/...` and `configs/...`
+    are what the package ships. (A wheel holds configs/ inside the package, a clone beside it.)"""
     here = pathlib.Path(path).expanduser()
-    if not here.exists() and (path == "demo" or path.startswith("demo/")):
-        return pathlib.Path(str(importlib.resources.files("e3jax"))) / path
-    return here
+    if here.exists() or here.parts[:1] not in (("demo",), ("configs",)):
+        return here
+    package = pathlib.Path(str(importlib.resources.files("e3jax")))
+    shipped = (root / path for root in (package, package.parent))
+    return next((found for found in shipped if found.exists()), here)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -37,6 +37,8 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
             return
         job_ = job.open_job(run)
         log.info("%s", _describe_model(job_))
+        if command in ("run", "evaluate"):
+            _ = job_.problems, job_.measured  # what is wrong with them is told before the training
         _rehearse_if_long(job_)
         COMMANDS[command](job_)
 

@@ -1,4 +1,4 @@
-"""Chain arithmetic modulo 19: the bundled model's task, with worked solutions and checkable answers.
+"""Chain arithmetic modulo 19, worked out to a checkable answer: the bundled model's task.
 
 A problem defines variables in shuffled order, some of them not needed, and asks for one:
 
@@ -8,7 +8,8 @@ A problem defines variables in shuffled order, some of them not needed, and asks
 The solution works out just what is needed, in order of dependency. Problems whose prompt hashes to
 0 modulo 64 are test problems, all others train: the two never meet, whatever the seeds.
 
-    python -m e3jax.demo.generate --rows 6000 --seed 1 --split train --out train.jsonl.gz
+    python -m e3jax.demo.generate --rows 8000 --seed 1 --split train --out train.jsonl.gz
+    python -m e3jax.demo.generate --rows 1000 --seed 1 --split test --out test.jsonl
     python -m e3jax.demo.generate --tokenizer model/
 """
 
@@ -38,9 +39,9 @@ TEST_SHARE = 64  # one problem in so many is a test problem
 BLOCK = 10_000  # rows of one random stream, the unit of work of a process
 
 
-def problem(rng: random.Random) -> dict[str, str]:
-    """One problem: prompt, completion, answer. 5 to 9 definitions."""
-    names = rng.sample(WORDS, rng.randint(5, 9))
+def problem(rng: random.Random, most: int = 8) -> dict[str, str]:
+    """One problem of 5 to `most` definitions: prompt, completion, answer."""
+    names = rng.sample(WORDS, rng.randint(5, most))
     values: dict[str, int] = {}
     definitions: dict[str, str] = {}
     solutions: dict[str, str] = {}
@@ -79,21 +80,23 @@ def is_test(prompt: str) -> bool:
     return zlib.crc32(prompt.encode()) % TEST_SHARE == 0
 
 
-def _block(job: tuple[str, int, int, int]) -> str:
-    split, seed, number, rows = job
+def _block(job: tuple[str, int, int, int, int]) -> str:
+    split, seed, most, number, rows = job
     rng = random.Random(f"{split}/{seed}/{number}")
     lines = []
     while len(lines) < rows:
-        one = problem(rng)
+        one = problem(rng, most)
         if is_test(one["prompt"]) == (split == "test"):
             lines.append(json.dumps(one))
     return "\n".join(lines) + "\n"
 
 
-def problems(rows: int, seed: int, split: str, processes: int = 1) -> Iterator[str]:
+def problems(
+    rows: int, seed: int, split: str, processes: int = 1, most: int = 8
+) -> Iterator[str]:
     """JSON lines of `rows` problems in blocks; the same for any number of processes."""
     jobs = [
-        (split, seed, number, min(BLOCK, rows - number * BLOCK))
+        (split, seed, most, number, min(BLOCK, rows - number * BLOCK))
         for number in range(-(-rows // BLOCK))
     ]
     if processes == 1:
@@ -104,16 +107,17 @@ def problems(rows: int, seed: int, split: str, processes: int = 1) -> Iterator[s
 
 
 def write_problems(
-    path: pathlib.Path, rows: int, seed: int, split: str, processes: int = 1
+    path: pathlib.Path, rows: int, seed: int, split: str, processes: int = 1, most: int = 8
 ) -> None:
     """Writes a jsonl file, gzipped if so named; whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(aside, "wb") as raw:
             # No name and no time in the gzip header: the same problems are the same bytes.
             packed = gzip.GzipFile("", "wb", 6, raw, mtime=0) if path.suffix == ".gz" else None
             with io.TextIOWrapper(packed or raw, "utf-8", newline="\n") as file:
-                for block in problems(rows, seed, split, processes):
+                for block in problems(rows, seed, split, processes, most):
                     file.write(block)
         aside.replace(path)
     finally:
@@ -147,10 +151,11 @@ def write_tokenizer(folder: pathlib.Path) -> None:
 
 def main() -> None:
     """The command line: problems to a file, or the tokenizer to a folder."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=int, default=6000, help="problems")
+    parser = argparse.ArgumentParser(description="The bundled model's task.")
+    parser.add_argument("--rows", type=int, default=8000, help="problems")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--split", choices=("train", "test"), default="train")
+    parser.add_argument("--most", type=int, default=8, help="most definitions in a problem")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=pathlib.Path, help="jsonl or jsonl.gz file")
     parser.add_argument("--tokenizer", type=pathlib.Path, help="folder for the tokenizer")
@@ -160,7 +165,14 @@ def main() -> None:
     if options.out:
         if options.rows < 1:
             raise UserError(f"--rows {options.rows}: expected at least 1")
-        write_problems(options.out, options.rows, options.seed, options.split, options.processes)
+        write_problems(
+            options.out,
+            options.rows,
+            options.seed,
+            options.split,
+            options.processes,
+            options.most,
+        )
 
 
 if __name__ == "__main__":

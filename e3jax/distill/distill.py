@@ -36,7 +36,8 @@ def init_state(
     params: Params, optimizer: optax.GradientTransformation, mean_entropy: float
 ) -> TrainState:
     """The state before the first step; the moments are born with the parameters' shardings."""
-    params = jax.tree.map(lambda w: w.astype(jnp.float32), params)
+    # A copy even of float32: the step donates it, and the dense model shares the embedding.
+    params = jax.tree.map(lambda w: jnp.array(w, jnp.float32), params)
     return TrainState(
         step=mesh.replicate(jnp.int32(0)),
         params=params,

@@ -82,7 +82,8 @@ def token_sums(
 
     h: student's final hidden states [B, T, D]; head: [D, V], float32 if it is to be trained (its
     gradient accumulates over chunks in its own dtype); targets int32, mask bool [B, T].
-    teacher None: next-token cross-entropy alone. mean_entropy: H of the weights, nats.
+    teacher None: next-token cross-entropy alone, which is KL from the targets. mean_entropy: H of
+    the weights, nats.
     Raises UserError when the objective cannot be computed from the teacher's stored top-k.
     """
     _check(objective, teacher)
@@ -113,15 +114,7 @@ def sum_over_chunks(fn: Callable[..., Any], arrays: tuple[jax.Array, ...], chunk
     arrays: [B, T, ...]; they are padded with zeros at the end, so fn must see a mask. The batch
     axis keeps its sharding: a chunk is a few positions of every row.
     """
-    rows, time = arrays[0].shape[:2]
-    size = min(time, max(1, chunk // rows))
-    count = -(-time // size)
-
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, count * size - time)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(rows, count, size, *x.shape[2:]), 1, 0)
-
-    xs = tuple(map(split, arrays))
+    xs = tuple(split_time(x, chunk) for x in arrays)
     remat = jax.checkpoint(fn, prevent_cse=False)
     shapes = jax.eval_shape(fn, *(x[0] for x in xs))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=_place(s)), shapes)
@@ -131,17 +124,27 @@ def sum_over_chunks(fn: Callable[..., Any], arrays: tuple[jax.Array, ...], chunk
     return total
 
 
+def split_time(x: jax.Array, chunk: int) -> jax.Array:
+    """[B, T, ...] -> [count, B, size, ...], slices of at most `chunk` tokens (one position at least);
+    the last is padded with zeros."""
+    rows, time = x.shape[:2]
+    size = min(time, max(1, chunk // rows))
+    count = -(-time // size)
+    x = jnp.pad(x, ((0, 0), (0, count * size - time)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(rows, count, size, *x.shape[2:]), 1, 0)
+
+
 def _place(x: Any) -> Any:
     return None if mesh.current() is None else x.sharding.spec
 
 
 def _check(objective: Objective, teacher: Online | TopK | None) -> None:
-    if isinstance(teacher, TopK):
-        if objective.divergence != "forward_kl" and objective.tail != "bucket":
-            raise UserError(
-                f"distill.divergence={objective.divergence} from a teacher cache needs "
-                f"distill.tail=bucket, not {objective.tail}: the tail has no probability otherwise"
-            )
+    needs_tail = isinstance(teacher, TopK) and objective.divergence != "forward_kl"
+    if needs_tail and objective.tail != "bucket":
+        raise UserError(
+            f"distill.divergence={objective.divergence} from a teacher cache needs "
+            f"distill.tail=bucket, not {objective.tail}: the tail has no probability otherwise"
+        )
 
 
 def entropy(logp: jax.Array) -> jax.Array:
@@ -196,9 +199,12 @@ def _nll(logq: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _plain_terms(logits_q: jax.Array, targets: jax.Array) -> Sums:
-    nll = _nll(jax.nn.log_softmax(logits_q), targets)
+    """The data is the teacher: p is 1 at the target, so KL(p || q) is the cross-entropy."""
+    logq = jax.nn.log_softmax(logits_q)
+    nll = _nll(logq, targets)
+    agree = (-nll >= jnp.max(logq, axis=-1)).astype(jnp.float32)
     one, zero = jnp.ones_like(nll), jnp.zeros_like(nll)
-    return Sums(nll, one, one, nll, zero, one, zero, one)
+    return Sums(nll, one, one, nll, nll, agree, zero, one)
 
 
 def _online_terms(
@@ -295,12 +301,6 @@ def teacher_topk(
     """What a teacher cache stores: ids int32 and log-probabilities [B, T, k], most likely first,
     entropy and log-normaliser float32 [B, T]; all of the distribution at `temperature`.
     """
-    rows, time = h.shape[:2]
-    size = min(time, max(1, chunk // rows))
-    count = -(-time // size)
-    padded = jnp.pad(h, ((0, 0), (0, count * size - time), (0, 0)))
-    chunks = jnp.moveaxis(padded.reshape(rows, count, size, -1), 1, 0)
-
     def one(h: jax.Array) -> tuple[jax.Array, ...]:
         scores = unembed(h, head) / temperature
         if mesh.current() is not None:  # top_k needs the whole vocabulary
@@ -310,5 +310,8 @@ def teacher_topk(
         top, ids = jax.lax.top_k(logp, k)
         return ids.astype(jnp.int32), top, entropy(logp), normaliser
 
-    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, count * size, *x.shape[3:])[:, :time]  # noqa: E731
-    return tuple(map(join, jax.lax.map(one, chunks)))
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : h.shape[1]]
+
+    return tuple(map(join, jax.lax.map(one, split_time(h, chunk))))

@@ -18,6 +18,7 @@ Relaxation = Literal["threshold", "khot", "softmax"]
 
 GUMBEL_STD = math.pi / math.sqrt(6)  # 1.28
 OUT = -1e30  # finite stand-in for a layer out of the competition: no NaN in any gradient
+LOSS_FLOOR = 1e-6  # nats a token, about what float32 resolves: less is as good as nothing
 
 
 @flax.struct.dataclass
@@ -28,6 +29,11 @@ class Draw:
     perturbed: jax.Array  # float32 [B, L], theta + Gumbel noise
     competes: jax.Array  # bool [L]
     slots: jax.Array  # int32, n
+
+    @property
+    def has_boundary(self) -> jax.Array:
+        """bool: some competitor is kept and some is not; otherwise there is nothing to learn."""
+        return (self.slots > 0) & (self.slots < jnp.sum(self.competes))
 
     @property
     def order(self) -> jax.Array:
@@ -67,19 +73,22 @@ def straight_through(draw: Draw, tau: jax.Array | float, kind: Relaxation) -> ja
     The paper's estimator; the choice of relaxation is ours. `draw.perturbed` carries theta's
     gradient. Where every competitor is kept, or none, there is no boundary and the gradient is 0.
     """
-    boundary = (draw.slots > 0) & (draw.slots < jnp.sum(draw.competes))
     soft = {"threshold": threshold, "khot": khot, "softmax": softmax}[kind](draw, tau)
-    soft = jnp.where(draw.competes & boundary, soft, 0.0)
+    soft = jnp.where(draw.competes & draw.has_boundary, soft, 0.0)
     # These brackets: (hard + soft) - soft is not exactly 1 in a fifth of float32 draws.
     return draw.keep.astype(jnp.float32) + (soft - jax.lax.stop_gradient(soft))
 
 
 def threshold(draw: Draw, tau: jax.Array | float) -> jax.Array:
-    """sigmoid((s - t) / tau), t a constant midway between the n-th and next largest competitor."""
+    """sigmoid((s - t) / tau), t midway between the n-th and the next largest competitor.
+
+    The gradient flows through t as well: a shift of all logits changes neither the mask nor this, so
+    the gradient sums to 0 over layers.
+    """
     ranked = jnp.take_along_axis(draw.perturbed, draw.order, axis=-1)
     last = draw.perturbed.shape[-1] - 1
     at = jnp.clip(jnp.stack([draw.slots - 1, draw.slots]), 0, last)
-    t = jax.lax.stop_gradient(jnp.mean(jnp.take(ranked, at, axis=-1), axis=-1, keepdims=True))
+    t = jnp.mean(jnp.take(ranked, at, axis=-1), axis=-1, keepdims=True)
     return jax.nn.sigmoid((draw.perturbed - t) / tau)
 
 
@@ -99,8 +108,11 @@ def khot(draw: Draw, tau: jax.Array | float) -> jax.Array:
         s, total = carry
         a = jax.nn.softmax(s / tau, axis=-1)
         live = number < rounds
-        # 1 - a can round to 0; the floor is float32's resolution.
-        s = s + jnp.where(live, jnp.log(jnp.maximum(1.0 - a, 1e-7)), 0.0)
+        # Near 1 the difference 1 - a has no digits left, and a layer would be taken twice: sum the
+        # others instead (at most one a is above a half).
+        others = jnp.sum(jnp.where(a > 0.5, 0.0, a), axis=-1, keepdims=True)
+        left = jnp.maximum(jnp.where(a > 0.5, others, 1.0 - a), jnp.finfo(jnp.float32).tiny)
+        s = s + jnp.where(live, jnp.log(left), 0.0)
         return (s, total + jnp.where(live, a, 0.0)), None
 
     carry = (start, jnp.zeros_like(start))
@@ -126,21 +138,30 @@ def log_prob(theta_l: jax.Array, draw: Draw) -> jax.Array:
     return jnp.sum(jnp.where(drawn, ranked - rest, 0.0), axis=-1)
 
 
-def advantage(loss_b: jax.Array) -> jax.Array:
-    """Standardised log loss with a leave-one-out baseline, float32 [B].
+def advantage(loss_b: jax.Array, weight_b: jax.Array) -> jax.Array:
+    """Standardised log loss with a leave-one-out baseline, float32 [B], from each row's sums.
 
     The baseline of a row is the mean log loss of the other rows, so it does not depend on the row's
-    own mask; the division by the standard deviation over rows is a common positive factor.
+    own mask and the estimate stays unbiased; (x_b - mean of the others) = B / (B - 1) (x_b - mean).
+    The division by the standard deviation over rows is a common positive factor, which fixes the
+    gradient's size and not its direction. Rows without loss tokens, or whose loss is not finite,
+    get 0 and count in nobody's baseline.
     """
-    log_loss = jnp.log(jnp.maximum(loss_b.astype(jnp.float32), 1e-6))
-    rows = loss_b.shape[0]
-    centred = (log_loss - jnp.mean(log_loss)) * rows / max(rows - 1, 1)
-    return centred / jnp.maximum(jnp.std(log_loss), 1e-3)
+    counted = (weight_b > 0) & jnp.isfinite(loss_b)
+    rows = jnp.maximum(jnp.sum(counted), 1)
+    mean_loss = jnp.where(counted, loss_b / jnp.where(counted, weight_b, 1.0), 1.0)
+    log_loss = jnp.where(counted, jnp.log(jnp.maximum(mean_loss, LOSS_FLOOR)), 0.0)
+    centred = jnp.where(counted, log_loss - jnp.sum(log_loss) / rows, 0.0)
+    deviation = jnp.sqrt(jnp.sum(centred**2) / rows)
+    return centred * rows / jnp.maximum(rows - 1, 1) / jnp.maximum(deviation, 1e-3)
 
 
 def score_gradient(theta_l: jax.Array, draw: Draw, advantage_b: jax.Array) -> jax.Array:
-    """Score-function gradient mean_b A_b grad log p_b, float32 [L]: forward passes only. Ours."""
-    weights = jax.lax.stop_gradient(advantage_b)
+    """Score-function gradient mean_b A_b grad log p_b, float32 [L]: needs forward passes only.
+
+    This estimator is ours; the paper's is `straight_through`. Exactly 0 where nothing is at stake.
+    """
+    weights = jax.lax.stop_gradient(jnp.where(draw.has_boundary, advantage_b, 0.0))
     return jax.grad(lambda theta: jnp.mean(weights * log_prob(theta, draw)))(theta_l)
 
 
@@ -203,7 +224,7 @@ def init_theta(
         x = np.argsort(np.argsort(importance_l, kind="stable")).astype(np.float64)
         x = x if np.ptp(importance_l) > 0 else np.zeros_like(x)
     else:
-        x = np.log(np.maximum(importance_l, 1e-12))
+        x = np.log(np.maximum(importance_l, LOSS_FLOOR))
     spread = np.std(x)
     if spread == 0:
         return np.zeros(len(importance_l), np.float32)

@@ -145,8 +145,8 @@ def make_search_step(
             through, gate_scale = _normalise(through, gate_scale, state.step)
         grad = through
         if spec.estimator != "straight_through":
-            rows_loss = sums.loss / jnp.maximum(sums.weight, 1.0)
-            grad = gumbel.score_gradient(state.theta, draw, gumbel.advantage(rows_loss))
+            advantage = gumbel.advantage(sums.loss, sums.weight)
+            grad = gumbel.score_gradient(state.theta, draw, advantage)
             if spec.estimator == "mixed":
                 grad = grad + through * _norm(grad) / jnp.maximum(_norm(through), 1e-12)
         updates, opt_state = optimizer.update(grad, state.opt_state, state.theta)

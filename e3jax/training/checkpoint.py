@@ -45,19 +45,24 @@ class Checkpoints:
         """The newest checkpoint that can be read, as (step, state), or None where there is none.
 
         abstract_state: ShapeDtypeStructs with the shardings the state is to have.
+        Raises UserError when there are checkpoints and none of them can be read.
         """
-        for checkpoint in sorted(self._orbax.checkpoints, key=lambda c: c.step, reverse=True):
+        torn: list[int] = []
+        for step in sorted((c.step for c in self._orbax.checkpoints), reverse=True):
             try:
-                return checkpoint.step, self._orbax.load(checkpoint.step, abstract_state)
+                state = self._orbax.load(step, abstract_state)
             except Exception as error:  # noqa: BLE001  whatever a torn file makes Orbax raise
-                log.warning(
-                    "checkpoint %s of step %d cannot be read (%s: %s); trying the one before",
-                    self.folder,
-                    checkpoint.step,
-                    type(error).__name__,
-                    str(error).splitlines()[0] if str(error) else "no message",
-                )
-                self._orbax.delete(checkpoint.step)
+                log.warning("%s: step %d cannot be read: %s", self.folder, step, _reason(error))
+                torn.append(step)
+                continue
+            for newer in torn:  # deleted only now that the fault is known to be theirs
+                self._orbax.delete(newer)
+            return step, state
+        if torn:
+            raise UserError(
+                f"{self.folder}: none of its checkpoints (steps {torn}) can be read; "
+                "see the reasons above, or remove that folder to start it anew"
+            )
         return None
 
     def close(self) -> None:
@@ -94,6 +99,12 @@ def check_inputs(folder: pathlib.Path, inputs: Mapping[str, Any]) -> None:
             f"{folder}: holds the work of another configuration:\n  {listed}\n"
             "choose another `out`, undo the change, or remove that folder to start it anew"
         )
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error and of what caused it."""
+    chain = [error, *filter(None, [error.__cause__])]
+    return "; ".join(f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}" for e in chain)
 
 
 def abstract(state: Any) -> Any:

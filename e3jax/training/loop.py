@@ -10,15 +10,12 @@ import jax
 
 from e3jax import mesh
 from e3jax.data.batches import prefetch
+from e3jax.errors import Diverged
 from e3jax.training.checkpoint import abstract, open_checkpoints
 from e3jax.training.metrics import Metrics
 
 Step = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
 Evaluate = Callable[[int, Any], tuple[Any, dict[str, Any]]]
-
-
-class Diverged(RuntimeError):
-    """A run of steps whose gradients were not finite."""
 
 
 def fit(
@@ -53,6 +50,8 @@ def fit(
         start = 0
         if found is not None:
             start, state = found
+        if start == steps:
+            return state
         metrics = Metrics(folder, name, start=start, steps=steps, write=first_process)
         try:
             with _terminated() as told_to_stop:

@@ -35,7 +35,8 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         _drop_from(path, start)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        # A line is out before the checkpoint that follows it is: a kill cannot part them.
+        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  see close()
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
         self._bar = _make_bar() if sys.stderr.isatty() else None
         if self._bar is not None:

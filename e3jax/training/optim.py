@@ -13,7 +13,7 @@ Tree = Any
 
 
 def make_schedule(o: config.Optimizer, steps: int) -> optax.Schedule:
-    """Linear warm-up, then cosine to `final` of the peak at the last step."""
+    """Learning rate of a step: linear warm-up, then cosine down to `final` of the peak at `steps`."""
     warmup = round(o.warmup * steps)
     return optax.warmup_cosine_decay_schedule(
         init_value=o.lr / max(warmup, 1),
@@ -60,14 +60,11 @@ def split_microbatches(batch: Tree, count: int) -> Tree:
 
     def split(x: jax.Array) -> jax.Array:
         rows = x.shape[0] // count
-        x = x.reshape(rows, count, *x.shape[1:], out_sharding=_split_spec(x, 0))
+        place = mesh.out(("batch",) + (None,) * x.ndim)
+        x = x.reshape(rows, count, *x.shape[1:], out_sharding=place)
         return jnp.swapaxes(x, 0, 1)
 
     return jax.tree.map(split, batch)
-
-
-def _split_spec(x: jax.Array, _: int) -> Any:
-    return mesh.out(("batch",) + (None,) * x.ndim)
 
 
 def accumulate(

@@ -1,0 +1,339 @@
+"""The sampler, its relaxations and its score function, against enumeration of every outcome."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from e3jax.search import gumbel
+
+THETA = np.array([0.5, -1.0, 1.5, 0.0, -0.3])
+L, K = 5, 3
+KINDS = ("threshold", "khot", "softmax")
+
+
+def fixed(num_layers=L, *layers):
+    return np.isin(np.arange(num_layers), layers)
+
+
+def draw(theta=THETA, k=K, rows=1, seed=0, protect=(), force=()):
+    theta = jnp.asarray(theta, jnp.float32)
+    n = len(theta)
+    key = jax.random.key(seed)
+    return gumbel.sample(key, theta, k, rows, fixed(n, *protect), fixed(n, *force))
+
+
+def ordered_probabilities(theta, k):
+    """Plackett-Luce: {ordered k-tuple: probability}, float64, by drawing one after the other."""
+    weights, table = np.exp(np.asarray(theta, float)), {}
+    for layers in itertools.permutations(range(len(theta)), k):
+        p, rest = 1.0, weights.sum()
+        for i in layers:
+            p, rest = p * weights[i] / rest, rest - weights[i]
+        table[layers] = p
+    return table
+
+
+def in_order(layers, num_layers=L):
+    """The Draws (one row each) in which the kept layers came in the given orders."""
+    perturbed = np.full((len(layers), num_layers), -10.0, np.float32)
+    for row, order in enumerate(layers):
+        perturbed[row, list(order)] = np.arange(len(order), 0, -1)
+    keep = perturbed > 0
+    return gumbel.Draw(
+        jnp.asarray(keep),
+        jnp.asarray(perturbed),
+        jnp.ones(num_layers, bool),
+        jnp.int32(len(layers[0])),
+    )
+
+
+# --- the sampler
+
+
+def test_frequencies_of_kept_sets_are_plackett_luce():
+    rows = 40_000
+    exact = {}
+    for layers, p in ordered_probabilities(THETA, K).items():
+        exact[frozenset(layers)] = exact.get(frozenset(layers), 0.0) + p
+    keep = np.asarray(draw(rows=rows).keep)
+    assert np.all(keep.sum(1) == K)
+    sets, counts = np.unique(keep, axis=0, return_counts=True)
+    seen = {frozenset(np.flatnonzero(s)): n for s, n in zip(sets, counts, strict=True)}
+    chi = sum((seen.get(s, 0) - rows * p) ** 2 / (rows * p) for s, p in exact.items())
+    assert len(exact) == 10 and chi < 21.7  # the 99th percentile of chi-square, 9 degrees
+
+
+@pytest.mark.parametrize("k,kept", [(0, 1), (1, 1), (3, 3), (5, 4), (9, 4)])
+def test_every_row_keeps_k_or_what_is_allowed(k, kept):
+    """Layer 1 protected, layer 4 forced out: from 1 to 4 layers can be kept."""
+    keep = np.asarray(draw(k=k, rows=200, protect=(1,), force=(4,)).keep)
+    assert np.all(keep.sum(1) == kept)
+    assert keep[:, 1].all() and not keep[:, 4].any()
+
+
+def test_protected_and_forced_layers_get_no_gradient():
+    protect, force = fixed(L, 2), fixed(L, 0)
+
+    def through(theta, kind):
+        d = gumbel.sample(jax.random.key(1), theta, K, 8, protect, force)
+        weights = jnp.arange(40.0).reshape(8, L)
+        return jnp.sum(weights * gumbel.straight_through(d, 0.7, kind))
+
+    theta = jnp.asarray(THETA, jnp.float32)
+    for kind in KINDS:
+        grad = np.asarray(jax.grad(through)(theta, kind))
+        assert np.all(grad[[0, 2]] == 0) and np.all(grad[[1, 3, 4]] != 0)
+    d = gumbel.sample(jax.random.key(1), theta, K, 8, protect, force)
+    grad = np.asarray(gumbel.score_gradient(theta, d, jnp.arange(8.0)))
+    assert np.all(grad[[0, 2]] == 0) and np.all(grad[[1, 3, 4]] != 0)
+
+
+# --- the score function
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
+def test_log_prob_is_plackett_luce(k):
+    exact = ordered_probabilities(THETA, k)
+    got = gumbel.log_prob(jnp.asarray(THETA, jnp.float32), in_order(list(exact)))
+    np.testing.assert_allclose(got, np.log(list(exact.values())), atol=1e-5)
+    assert math.isclose(float(jnp.sum(jnp.exp(got))), 1.0, abs_tol=1e-5)
+
+
+def test_log_prob_of_what_competes():
+    """A protected and a forced layer leave a Plackett-Luce distribution over the others."""
+    d = draw(rows=50, protect=(2,), force=(0,))
+    others = [1, 3, 4]
+    exact = ordered_probabilities(THETA[others], 2)
+    for row, got in enumerate(np.asarray(gumbel.log_prob(jnp.asarray(THETA, jnp.float32), d))):
+        order = tuple(others.index(i) for i in np.asarray(d.order)[row, :2])
+        assert math.isclose(got, math.log(exact[order]), abs_tol=1e-5)
+
+
+def test_score_gradient_is_unbiased():
+    """Its expectation over all ordered subsets is the gradient of the exact expected loss."""
+    outcomes = list(itertools.permutations(range(L), K))
+    loss = {frozenset(s): np.random.default_rng(sum(s)).normal() + s[0] for s in
+            itertools.combinations(range(L), K)}  # fmt: skip
+    f = np.array([loss[frozenset(s)] for s in outcomes])
+
+    def expected(theta):
+        return sum(p * y for p, y in zip(ordered_probabilities(theta, K).values(), f, strict=True))
+
+    eps = 1e-5
+    want = [(expected(THETA + eps * e) - expected(THETA - eps * e)) / (2 * eps) for e in np.eye(L)]
+    p = np.array(list(ordered_probabilities(THETA, K).values()))
+    weighted = jnp.asarray(p * f * len(f), jnp.float32)  # score_gradient averages over rows
+    got = gumbel.score_gradient(jnp.asarray(THETA, jnp.float32), in_order(outcomes), weighted)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert np.abs(want).min() > 1e-2
+
+
+def test_advantage_leaves_the_own_row_out_of_the_baseline():
+    loss = np.array([0.3, 2.0, 0.01, 5.0])
+    log = np.log(loss)
+    centred = [log[b] - np.delete(log, b).mean() for b in range(4)]
+    got = gumbel.advantage(jnp.asarray(loss))
+    np.testing.assert_allclose(got, np.array(centred) / log.std(), rtol=1e-5)
+    assert np.all(np.asarray(gumbel.advantage(jnp.full(4, 0.7))) == 0)
+    assert np.all(np.isfinite(gumbel.advantage(jnp.array([0.0, 1.0]))))  # an exact masked model
+
+
+# --- relaxations
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_is_exactly_the_hard_mask(kind):
+    theta = np.random.default_rng(0).normal(size=10)
+    d = draw(theta, 4, rows=10_000)
+    for tau in (4.0, 0.3):
+        mask = np.asarray(gumbel.straight_through(d, tau, kind))
+        np.testing.assert_array_equal(mask, np.asarray(d.keep, np.float32))  # 1e5 values each
+
+
+@pytest.mark.parametrize("k", [1, 3, 4, 6])
+def test_relaxations_become_the_hard_mask(k):
+    """As tau falls; rows whose boundary is within reach of tau are left out."""
+    theta = np.random.default_rng(0).normal(size=7)
+    d = draw(theta, k, rows=200)
+    ranked = np.sort(np.asarray(d.perturbed), axis=1)[:, ::-1]
+    clear = np.min(ranked[:, :-1] - ranked[:, 1:], axis=1) > 0.02
+    assert clear.sum() > 50
+    for soft in (gumbel.threshold(d, 1e-3), gumbel.khot(d, 1e-3)):
+        np.testing.assert_allclose(np.asarray(soft)[clear], np.asarray(d.keep)[clear], atol=1e-3)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("fixed_", [((), ()), ((0,), (4,))], ids=["free", "fixed"])
+def test_khot_sums_to_k(k, fixed_):
+    protect, force = fixed_
+    theta = np.random.default_rng(0).normal(size=6)
+    d = draw(theta, k, rows=20, protect=protect, force=force)
+    soft = np.asarray(gumbel.khot(d, 0.8))[:, np.asarray(d.competes)]
+    np.testing.assert_allclose(soft.sum(1), float(d.slots), rtol=1e-4, atol=1e-5)
+
+
+def test_khot_of_a_majority_is_of_the_complement():
+    d = draw(np.random.default_rng(0).normal(size=8), 6, rows=20)
+    removed = d.replace(perturbed=-d.perturbed, slots=jnp.int32(2))
+    np.testing.assert_allclose(gumbel.khot(d, 0.5), 1 - gumbel.khot(removed, 0.5), atol=1e-6)
+
+
+def test_khot_is_xie_and_ermon():
+    """The recursion in float64, K <= L / 2."""
+    d, tau = draw(np.random.default_rng(0).normal(size=8), 3, rows=5), 0.5
+    s, total = np.asarray(d.perturbed, float), 0.0
+    for _ in range(3):
+        a = np.exp(s / tau) / np.exp(s / tau).sum(1, keepdims=True)
+        s, total = s + np.log(1 - a), total + a
+    np.testing.assert_allclose(gumbel.khot(d, tau), total, rtol=1e-4)
+
+
+def boundary_share(kind, tau, num_layers, k, rows=200):
+    """Share of |dL/d theta| on the six layers around the boundary, theta and dL/dm normal."""
+    rng = np.random.default_rng(0)
+    d = draw(rng.normal(size=num_layers), k, rows=rows)
+    upstream = jnp.asarray(rng.normal(size=(rows, num_layers)), jnp.float32)
+    relax = lambda s: gumbel.straight_through(d.replace(perturbed=s), tau, kind)  # noqa: E731
+    grad = jnp.abs(jax.vjp(relax, d.perturbed)[1](upstream)[0])
+    ranked = jnp.take_along_axis(grad, d.order, axis=1)
+    return float(jnp.mean(ranked[:, k - 3 : k + 3].sum(1) / ranked.sum(1)))
+
+
+@pytest.mark.parametrize(
+    "kind,num_layers,k,shares",
+    [
+        ("softmax", 32, 12, {4.0: 0.19, 1.0: 0.11, 0.5: 0.02, 0.1: 0.00}),
+        ("khot", 32, 12, {4.0: 0.20, 1.0: 0.20, 0.5: 0.23, 0.1: 0.23}),
+        ("threshold", 32, 12, {4.0: 0.28, 0.1: 0.87}),
+        ("threshold", 24, 18, {4.0: 0.33, 0.1: 0.92}),
+        ("threshold", 64, 48, {4.0: 0.17, 0.1: 0.71}),
+    ],
+)
+def test_share_of_the_gradient_at_the_boundary(kind, num_layers, k, shares):
+    """Where each relaxation looks as tau falls: softmax loses the boundary, threshold finds it."""
+    for tau, want in shares.items():
+        assert abs(boundary_share(kind, tau, num_layers, k) - want) < 0.035, tau
+
+
+def test_khot_of_the_complement_keeps_the_boundary():
+    """Without it the share falls to 0.06 at 24/18; even would be 0.25."""
+    assert boundary_share("khot", 0.1, 24, 18) > 0.4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_boundary_no_gradient(kind):
+    def loss(theta, k, protect):
+        d = gumbel.sample(jax.random.key(0), theta, k, 4, protect, fixed())
+        weights = jnp.arange(4.0 * L).reshape(4, L)
+        return jnp.sum(weights * gumbel.straight_through(d, 0.5, kind))
+
+    theta = jnp.asarray(THETA, jnp.float32)
+    assert np.all(np.asarray(jax.grad(loss)(theta, L, fixed())) == 0)
+    assert np.all(np.asarray(jax.grad(loss)(theta, 2, fixed(L, 0, 1))) == 0)
+    assert np.any(np.asarray(jax.grad(loss)(theta, L - 1, fixed())) != 0)
+
+
+def test_score_gradient_without_a_choice_of_set():
+    """At K = L every set is the same: the constant loss cancels over orders, exactly in expectation."""
+    exact = ordered_probabilities(THETA, L)
+    p = jnp.asarray(np.array(list(exact.values())) * len(exact), jnp.float32)
+    got = gumbel.score_gradient(jnp.asarray(THETA, jnp.float32), in_order(list(exact)), p)
+    np.testing.assert_allclose(got, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [1e4, 1e20])
+def test_finite_at_extreme_theta(kind, scale):
+    theta = jnp.asarray(THETA * scale, jnp.float32)
+
+    def loss(theta, tau):
+        d = gumbel.sample(jax.random.key(0), theta, 3, 16, fixed(L, 0), fixed(L, 1))
+        upstream = jax.random.normal(jax.random.key(1), (16, L))
+        return jnp.sum(upstream * gumbel.straight_through(d, tau, kind)), d
+
+    for tau in (4.0, 0.05):
+        (value, d), grad = jax.value_and_grad(loss, has_aux=True)(theta, tau)
+        assert np.isfinite(value) and np.all(np.isfinite(grad))
+    score = gumbel.score_gradient(theta, d, jnp.linspace(-2, 2, 16))
+    assert np.all(np.isfinite(score)) and np.all(np.isfinite(gumbel.log_prob(theta, d)))
+
+
+def test_one_compilation_for_every_k():
+    traced = []
+
+    @jax.jit
+    def step(theta, k, tau):
+        traced.append(k)
+        d = gumbel.sample(jax.random.key(0), theta, k, 4, fixed(), fixed())
+        soft = [gumbel.straight_through(d, tau, kind) for kind in KINDS]
+        return d.keep, soft, gumbel.log_prob(theta, d)
+
+    for k in range(1, L + 1):
+        keep, soft, _ = step(jnp.asarray(THETA, jnp.float32), k, 1.0 / k)
+        assert np.all(np.asarray(keep).sum(1) == k)
+        for mask in soft:
+            np.testing.assert_array_equal(mask, np.asarray(keep, np.float32))
+    assert len(traced) == 1
+
+
+# --- schedules, start and answer
+
+
+@pytest.mark.parametrize("num_layers,keep", [(24, 18), (64, 48), (5, 1)])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_curriculum(num_layers, keep, share):
+    ks = [int(gumbel.curriculum(n, 100, share, num_layers, keep)) for n in range(100)]
+    assert ks == sorted(ks, reverse=True)
+    assert ks[0] == (keep if share == 0 else num_layers - 1) and ks[-1] == keep
+    reached = ks.index(keep)
+    removed = num_layers - keep
+    assert reached <= max(share * 100 - 1, 0) and reached >= share * 100 * (1 - 1 / removed) - 1
+    assert set(ks) == set(range(keep, ks[0] + 1))  # no count is skipped
+
+
+def test_temperature_is_geometric():
+    taus = [float(gumbel.temperature(n, 11, (4.0, 0.1))) for n in range(11)]
+    np.testing.assert_allclose(taus, np.geomspace(4.0, 0.1, 11), rtol=1e-5)
+    assert float(gumbel.temperature(0, 1, (4.0, 0.1))) == 4.0
+
+
+def test_init_theta():
+    s = np.array([6.4506, 0.7557, 0.4530, 0.0013, 0.0020])
+    log = gumbel.init_theta(s, "kl", "log", 2.0, seed=0)
+    want = np.log(s) - np.log(s).mean()
+    np.testing.assert_allclose(log, want / want.std() * 2.0 * np.pi / np.sqrt(6), rtol=1e-5)
+    rank = gumbel.init_theta(s, "kl", "rank", 1.0, seed=0)
+    np.testing.assert_allclose(np.diff(rank[[3, 4, 2, 1, 0]]), np.pi / np.sqrt(12), rtol=1e-5)
+    random = [gumbel.init_theta(s, "random", "log", 1.0, seed) for seed in (3, 3, 4)]
+    np.testing.assert_array_equal(random[0], random[1])
+    assert np.any(random[0] != random[2])
+    for x in (log, rank, *random):
+        assert x.dtype == np.float32 and abs(x.mean()) < 1e-6
+
+
+@pytest.mark.parametrize("value", [0.3, 0.1, 7.7, 0.0])
+@pytest.mark.parametrize("num_layers", [3, 7, 24])
+@pytest.mark.parametrize("form", ["log", "rank"])
+def test_no_variance_starts_at_zero(value, num_layers, form):
+    theta = gumbel.init_theta(np.full(num_layers, value), "kl", form, 2.0, seed=0)
+    np.testing.assert_array_equal(theta, np.zeros(num_layers))
+
+
+def test_answer_is_topk_of_theta():
+    theta = np.array([0.0, 3.0, 1.0, 1.0, 2.0])
+    got = gumbel.answer(theta, 3, fixed(), fixed())
+    np.testing.assert_array_equal(np.flatnonzero(got), [1, 2, 4])  # of the tie, the lower layer
+    got = gumbel.answer(theta, 3, fixed(L, 0), fixed(L, 1))
+    np.testing.assert_array_equal(np.flatnonzero(got), [0, 2, 4])
+
+
+def test_keep_probability_of_two_layers():
+    """K = 1 of two: the logistic function of the difference."""
+    got = gumbel.keep_probability(
+        jax.random.key(0), np.array([1.0, 0.0]), 1, fixed(2), fixed(2), 20_000
+    )
+    assert abs(got[0] - 1 / (1 + np.exp(-1))) < 0.015 and abs(got.sum() - 1) < 1e-5
