@@ -64,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="e3jax",
         description="Layer pruning for large language models in JAX (E3-Pruner, arXiv 2511.17205).",
-        epilog="example: python run.py run --config configs/demo.yaml search.keep=11 out=runs/eleven",
+        epilog="example: python run.py run --config configs/demo.yaml search.keep=11 out=runs/k11",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -78,7 +78,9 @@ def make_parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--config", required=True, metavar="FILE", help="a YAML configuration")
         sub.add_argument(
-            "--dry-run", action="store_true", help="print the resolved plan and stop: no device, no data"
+            "--dry-run",
+            action="store_true",
+            help="print the resolved plan and stop: no device, no data",
         )
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
     return parser

@@ -133,7 +133,8 @@ class Search:
     )
     init_windows: int = Field(default=16, ge=1, description="windows that measure the importance")
     estimator: Literal["score", "straight_through", "mixed"] = Field(
-        default="score", description="gradient of theta"
+        default="mixed",
+        description="gradient of theta: score function, the paper's straight-through, or their sum",
     )
     relaxation: Literal["threshold", "khot", "softmax"] = Field(
         default="threshold", description="backward of straight_through"
@@ -158,6 +159,16 @@ class Search:
     )
     score_windows: int = Field(default=16, ge=1, description="held-out windows a score")
     checkpoint_every: int = Field(default=50, ge=1, description="steps between checkpoints")
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> "Search":
+        # A row's baseline is the loss of the other rows' masks.
+        if self.estimator != "straight_through" and (self.masks == "batch" or self.batch < 2):
+            raise ValueError(
+                f"estimator={self.estimator} compares masks: it needs masks=row and batch of 2 or"
+                f" more, not masks={self.masks} and batch={self.batch}"
+            )
+        return self
 
 
 @strict

@@ -59,7 +59,9 @@ class Job:
         """Windows that the figures are taken on: data.measure, or else the test problems."""
         return self._windows(self.run.data.measure or self.run.data.test)
 
-    def _windows(self, sources: Sequence[config.Source], decontaminate: Sequence[str] = ()) -> Windows:
+    def _windows(
+        self, sources: Sequence[config.Source], decontaminate: Sequence[str] = ()
+    ) -> Windows:
         return text.tokenize(sources, self.run.data, self.source, decontaminate=decontaminate)
 
     @functools.cached_property

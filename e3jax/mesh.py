@@ -74,7 +74,9 @@ def spec(axes: Sequence[str | None], shape: Sequence[int] | None = None) -> P:
     return P(*entries)
 
 
-def sharding(axes: Sequence[str | None], shape: Sequence[int] | None = None) -> NamedSharding | None:
+def sharding(
+    axes: Sequence[str | None], shape: Sequence[int] | None = None
+) -> NamedSharding | None:
     """The sharding of an array with these logical axes under the mesh that is set, or None."""
     mesh = jax.sharding.get_mesh() if current() is not None else None
     return None if mesh is None or mesh.empty else NamedSharding(mesh, spec(axes, shape))
@@ -86,11 +88,12 @@ def out(axes: Sequence[str | None], shape: Sequence[int] | None = None) -> P | N
 
 
 def replicate(tree: Any) -> Any:
-    """Every leaf whole on every device of the mesh that is set (host arrays or device arrays)."""
-    place = sharding(())
-    return jax.tree.map(
-        lambda x: jax.device_put(x) if place is None else jax.device_put(x, place), tree
-    )
+    """Every leaf whole on every device of the mesh that is set (host arrays or device arrays).
+
+    The spec has an entry for each axis, as jit's outputs do: a plain P() would be another type, and
+    a step given its own output would compile again.
+    """
+    return jax.tree.map(lambda x: jax.device_put(x, sharding((None,) * np.ndim(x))), tree)
 
 
 def shard_batch(tree: Any) -> Any:

@@ -5,7 +5,6 @@ import json
 import logging
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +99,9 @@ def export_trained(
     ids = json.loads((tokenizer / "tokenizer_config.json").read_text())
     vocab = job.text.load_tokenizer(tokenizer)
     special = {
-        name: vocab.convert_tokens_to_ids(ids[f"{name}_token"]) if ids.get(f"{name}_token") else None
+        name: vocab.convert_tokens_to_ids(ids[f"{name}_token"])
+        if ids.get(f"{name}_token")
+        else None
         for name in ("bos", "eos", "pad")
     }
     hf_export.export_new(
@@ -117,7 +118,12 @@ def export_trained(
 
 def _digest(params: Params) -> list[float]:
     """Two moments of all weights: enough to tell one training from another."""
-    total = jax.tree.map(lambda w: jnp.stack([jnp.sum(w, dtype=jnp.float32), jnp.sum(jnp.square(w.astype(jnp.float32)))]), params)
+    total = jax.tree.map(
+        lambda w: jnp.stack(
+            [jnp.sum(w, dtype=jnp.float32), jnp.sum(jnp.square(w.astype(jnp.float32)))]
+        ),
+        params,
+    )
     return np.sum([np.asarray(x, np.float64) for x in jax.tree.leaves(total)], axis=0).tolist()
 
 
@@ -204,7 +210,7 @@ def _check_transformers(
         theirs = out[0, len(prompt) :].tolist()
         if theirs != answer:
             raise UserError(
-                f"{folder}: a greedy answer of transformers differs from ours: {theirs} and {answer}"
-                "; nothing was exported"
+                f"{folder}: a greedy answer of transformers differs from ours: {theirs} and "
+                f"{answer}; nothing was exported"
             )
     log.info("export: %d greedy answers equal those of transformers", len(ids))

@@ -159,7 +159,9 @@ def train(run: config.Run) -> None:
     out = job.claim_folder(run)
     spec, recipe = run.train, run.train.recipe
     if recipe.teacher != "none":
-        raise UserError(f"train.recipe.teacher={recipe.teacher}: plain training has none; use distill")
+        raise UserError(
+            f"train.recipe.teacher={recipe.teacher}: plain training has none; use distill"
+        )
     if spec.config is None:
         job_ = job.open_job(run)
         cfg, params, tokenizer_folder = job_.cfg, job_.params, job_.source

@@ -13,7 +13,7 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Upper bounds: windows are counted as full. Tokens are those a masked or student model sees."""
+    """Upper bounds: windows count as full. Tokens are those that a masked or student model sees."""
 
     layers: int
     keep: int
@@ -73,7 +73,10 @@ def describe(plan: Plan) -> str:
     saved = 1 - plan.params_after / plan.params_before
     lines = [
         ("layers", f"{plan.layers} -> {plan.keep} (ideal speed-up {ratio:.2f}x)"),
-        ("parameters", f"{_si(plan.params_before)} -> {_si(plan.params_after)} ({saved:.0%} fewer)"),
+        (
+            "parameters",
+            f"{_si(plan.params_before)} -> {_si(plan.params_after)} ({saved:.0%} fewer)",
+        ),
         ("importance", f"<= {_si(plan.importance_tokens)} tokens"),
         ("search", f"<= {_si(plan.search_tokens)} tokens"),
         ("held-out scores", f"<= {_si(plan.scoring_tokens)} tokens"),

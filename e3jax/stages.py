@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -145,7 +145,9 @@ def search_mask(job_: Job) -> Mask:
     )
     best = np.asarray(state.best_theta)
     kept = gumbel.answer(best, keep, protect, force)
-    order = sorted(np.flatnonzero(~kept).tolist(), key=lambda layer: (not force[layer], best[layer]))
+    order = sorted(
+        np.flatnonzero(~kept).tolist(), key=lambda layer: (not force[layer], best[layer])
+    )
     mask = Mask(
         selector="e3",
         num_layers=cfg.num_layers,
@@ -231,6 +233,7 @@ def recover(job_: Job, mask: Mask, folder: pathlib.Path) -> Params:
 
     def entropy() -> float:
         if cache is not None:
+            assert cache.stats is not None  # it is finished
             return cache.stats["mean_entropy"]
         return distill.mean_teacher_entropy(
             job_.params,
@@ -314,8 +317,8 @@ def train_student(
     if cache is not None:
         plain_batches = batches
 
-        def batches(number: int) -> dict[str, np.ndarray]:
-            arrays = plain_batches(number)
+        def batches(step: int, /) -> dict[str, np.ndarray]:
+            arrays = plain_batches(step)
             return arrays | cache.read(arrays["index"])
 
     decides = dataclasses.asdict(recipe)

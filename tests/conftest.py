@@ -8,12 +8,12 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import pathlib  # noqa: E402
+import pathlib
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
-from e3jax import mesh  # noqa: E402
+from e3jax import mesh
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"

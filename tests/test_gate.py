@@ -45,7 +45,9 @@ def test_forward_selects_where_multiplication_rounds():
     rng = np.random.default_rng(0)
     h = jnp.asarray(rng.normal(size=(2, 64, 8)), jnp.bfloat16)
     y = jnp.asarray(rng.normal(size=(2, 64, 8)) * 1e-2, jnp.bfloat16)
-    assert np.any(np.asarray(h + (y - h)) != np.asarray(y))  # the case that multiplication gets wrong
+    assert np.any(
+        np.asarray(h + (y - h)) != np.asarray(y)
+    )  # the case that multiplication gets wrong
     out = jax.jit(apply_gate)(h, y, jnp.array([1.0, 0.0]))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(out[0]), np.asarray(y[0]))
@@ -139,7 +141,7 @@ def test_gate_gradients_do_not_depend_on_the_mesh():
     gates = (np.random.default_rng(1).random((8, 4)) < 0.6).astype(np.float32)
 
     def run(params, batch, gates):
-        loss = lambda g: jnp.sum(  # noqa: E731
+        loss = lambda g: jnp.sum(
             decoder.hidden(params, batch, CFG, dtype=jnp.float32, gates_bl=g)[..., 0]
         )
         return jax.value_and_grad(loss)(gates)

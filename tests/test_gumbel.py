@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from e3jax import mesh
 from e3jax.search import gumbel
 
 THETA = np.array([0.5, -1.0, 1.5, 0.0, -0.3])
@@ -133,13 +134,23 @@ def test_score_gradient_is_unbiased():
 
 
 def test_advantage_leaves_the_own_row_out_of_the_baseline():
-    loss = np.array([0.3, 2.0, 0.01, 5.0])
-    log = np.log(loss)
+    tokens = np.array([10.0, 3.0, 20.0, 7.0])
+    mean = np.array([0.3, 2.0, 0.01, 5.0])  # nats a token
+    log = np.log(mean)
     centred = [log[b] - np.delete(log, b).mean() for b in range(4)]
-    got = gumbel.advantage(jnp.asarray(loss))
-    np.testing.assert_allclose(got, np.array(centred) / log.std(), rtol=1e-5)
-    assert np.all(np.asarray(gumbel.advantage(jnp.full(4, 0.7))) == 0)
-    assert np.all(np.isfinite(gumbel.advantage(jnp.array([0.0, 1.0]))))  # an exact masked model
+    want = np.array(centred) / log.std()
+    np.testing.assert_allclose(gumbel.advantage(mean * tokens, tokens), want, rtol=1e-5)
+    assert np.all(np.asarray(gumbel.advantage(jnp.full(4, 0.7), jnp.ones(4))) == 0)
+
+
+def test_advantage_of_rows_that_say_nothing_is_zero():
+    """No loss tokens, or a loss that overflowed: as if the row were not there."""
+    loss, tokens = np.array([3.0, 0.0, np.inf, 0.5, np.nan]), np.array([2.0, 0.0, 4.0, 1.0, 3.0])
+    got = np.asarray(gumbel.advantage(loss, tokens))
+    np.testing.assert_allclose(got[[0, 3]], gumbel.advantage(loss[[0, 3]], tokens[[0, 3]]))
+    np.testing.assert_array_equal(got[[1, 2, 4]], 0)
+    # A masked model equal to the dense one has loss 0, or a little below it by rounding.
+    assert np.all(np.isfinite(gumbel.advantage(jnp.array([0.0, 1.0, -1e-7]), jnp.ones(3))))
 
 
 # --- relaxations
@@ -197,7 +208,7 @@ def boundary_share(kind, tau, num_layers, k, rows=200):
     rng = np.random.default_rng(0)
     d = draw(rng.normal(size=num_layers), k, rows=rows)
     upstream = jnp.asarray(rng.normal(size=(rows, num_layers)), jnp.float32)
-    relax = lambda s: gumbel.straight_through(d.replace(perturbed=s), tau, kind)  # noqa: E731
+    relax = lambda s: gumbel.straight_through(d.replace(perturbed=s), tau, kind)
     grad = jnp.abs(jax.vjp(relax, d.perturbed)[1](upstream)[0])
     ranked = jnp.take_along_axis(grad, d.order, axis=1)
     return float(jnp.mean(ranked[:, k - 3 : k + 3].sum(1) / ranked.sum(1)))
@@ -237,16 +248,31 @@ def test_no_boundary_no_gradient(kind):
     assert np.any(np.asarray(jax.grad(loss)(theta, L - 1, fixed())) != 0)
 
 
-def test_score_gradient_without_a_choice_of_set():
-    """At K = L every set is the same: the constant loss cancels over orders, exactly in expectation."""
-    exact = ordered_probabilities(THETA, L)
-    p = jnp.asarray(np.array(list(exact.values())) * len(exact), jnp.float32)
-    got = gumbel.score_gradient(jnp.asarray(THETA, jnp.float32), in_order(list(exact)), p)
-    np.testing.assert_allclose(got, 0, atol=1e-5)
+def test_no_boundary_no_score_gradient():
+    """At K = L there is one set; the orders it may come in are no reason to move."""
+    orders = in_order([(0, 1, 2, 3, 4), (4, 2, 0, 1, 3)])
+    got = gumbel.score_gradient(jnp.asarray(THETA, jnp.float32), orders, jnp.array([1.0, -1.0]))
+    np.testing.assert_array_equal(got, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scale", [1e4, 1e20])
+def test_nothing_competes(kind):
+    """Every layer protected or forced out: the one mask there is, and gradients of 0."""
+
+    def loss(theta):
+        d = gumbel.sample(jax.random.key(0), theta, 2, 4, fixed(L, 0, 1), fixed(L, 2, 3, 4))
+        mask = gumbel.straight_through(d, 0.05, kind)
+        return jnp.sum(mask * jnp.arange(L)), (mask, d)
+
+    theta = jnp.asarray(THETA, jnp.float32)
+    grad, (mask, d) = jax.grad(loss, has_aux=True)(theta)
+    np.testing.assert_array_equal(mask, [[1, 1, 0, 0, 0]] * 4)
+    np.testing.assert_array_equal(grad, 0)
+    np.testing.assert_array_equal(gumbel.score_gradient(theta, d, jnp.ones(4)), 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [1e4, 1e8])
 def test_finite_at_extreme_theta(kind, scale):
     theta = jnp.asarray(THETA * scale, jnp.float32)
 
@@ -308,6 +334,8 @@ def test_init_theta():
     np.testing.assert_allclose(log, want / want.std() * 2.0 * np.pi / np.sqrt(6), rtol=1e-5)
     rank = gumbel.init_theta(s, "kl", "rank", 1.0, seed=0)
     np.testing.assert_allclose(np.diff(rank[[3, 4, 2, 1, 0]]), np.pi / np.sqrt(12), rtol=1e-5)
+    ties = gumbel.init_theta(np.array([3.0, 1.0, 3.0]), "kl", "rank", 1.0, seed=0)
+    assert ties[0] == ties[2] > ties[1]
     random = [gumbel.init_theta(s, "random", "log", 1.0, seed) for seed in (3, 3, 4)]
     np.testing.assert_array_equal(random[0], random[1])
     assert np.any(random[0] != random[2])
@@ -337,3 +365,22 @@ def test_keep_probability_of_two_layers():
         jax.random.key(0), np.array([1.0, 0.0]), 1, fixed(2), fixed(2), 20_000
     )
     assert abs(got[0] - 1 / (1 + np.exp(-1))) < 0.015 and abs(got.sum() - 1) < 1e-5
+
+
+def test_khot_takes_no_layer_twice():
+    """Far ahead, 1 - a rounds to a few float32 steps: too large, and the layer would win again."""
+    d = draw(np.array([40.0, 20.0, 0.1, 1.0, -1.0, 0.4, 0.7]), 3, rows=200)
+    assert np.max(gumbel.khot(d, 0.1)) < 1.01
+
+
+def test_noise_and_score_do_not_depend_on_the_mesh():
+    def step(theta, advantage):
+        d = gumbel.sample(jax.random.key(1), theta, 3, 16, fixed(), fixed())
+        return d.perturbed, gumbel.score_gradient(theta, d, advantage)
+
+    theta, advantage = THETA.astype(np.float32), np.linspace(-1, 1, 16, dtype=np.float32)
+    perturbed, grad = jax.jit(step)(theta, advantage)
+    with jax.set_mesh(mesh.make_mesh(1, 4, 2)):
+        found = jax.jit(step)(mesh.replicate(theta), mesh.shard_batch(advantage))
+    np.testing.assert_array_equal(found[0], perturbed)
+    np.testing.assert_allclose(found[1], grad, atol=1e-6)

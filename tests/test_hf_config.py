@@ -193,7 +193,10 @@ def test_old_and_new_form_are_one():
     [
         ({"model_type": "gemma2"}, ["gemma2", *FAMILIES]),
         ({}, ["model_type", *FAMILIES]),
-        ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, ["LlamaForCausalLM"]),
+        (
+            {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
+            ["LlamaForCausalLM"],
+        ),
         ({"model_type": "qwen3", "quantization_config": {"quant_method": "fp8"}}, ["fp8"]),
         ({"model_type": "llama", "rope_scaling": {"rope_type": "longrope"}}, ["longrope", "yarn"]),
         ({"model_type": "llama", "rope_scaling": {"type": "linear"}}, ["factor", "None"]),
@@ -205,7 +208,10 @@ def test_old_and_new_form_are_one():
         ({"model_type": "llama", "vocab_size": 0}, ["vocab_size", "0"]),
         ({"model_type": "mistral", "layer_types": ["full_attention"] * 32}, ["ministral"]),
         ({"model_type": "qwen2", "layer_types": ["full_attention"]}, ["layer_types", "32"]),
-        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 32}, ["use_sliding_window"]),
+        (
+            {"model_type": "qwen2", "layer_types": ["sliding_attention"] * 32},
+            ["use_sliding_window"],
+        ),
         ({"model_type": "qwen3", "layer_types": ["linear_attention"] * 32}, ["linear_attention"]),
     ],
 )  # fmt: skip

@@ -40,8 +40,13 @@ WINDOWS = {
     "num_hidden_layers": 5,
     "use_sliding_window": True,
     "sliding_window": 8,
-    "layer_types": ["full_attention", "sliding_attention", "sliding_attention"]
-    + ["full_attention", "sliding_attention"],
+    "layer_types": [
+        "full_attention",
+        "sliding_attention",
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+    ],
 }
 CASES = {
     "llama": ("llama", {"num_hidden_layers": 5, "attention_bias": True, "mlp_bias": True}),
@@ -51,7 +56,7 @@ CASES = {
     "qwen3-tied": ("qwen3", {**WINDOWS, "tie_word_embeddings": True}),
 }
 CARRIED = {
-    "generation_config.json": b'{"eos_token_id": [2, 3],\n\n "temperature": 0.6, "do_sample": true}',
+    "generation_config.json": b'{"eos_token_id": [2, 3],\n\n "temperature": 0.6}',
     "tokenizer.json": '{"model": {"vocab": {"é": 0}}}\r\n'.encode(),
     "tokenizer_config.json": b"{ }",
     "tokenizer.model": bytes(range(256)),
@@ -165,7 +170,9 @@ def test_untouched_weights_are_the_sources_bytes(tmp_path, dtype):
     assert all(torch.equal(written[name], source[name]) for name in written)
 
 
-@pytest.mark.parametrize(("dtype", "torch_type"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "torch_type"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)]
+)
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_dtype_asked_for(tmp_path, dtype, torch_type, key):
     folder = source_model(tmp_path, "llama", num_hidden_layers=5)
@@ -395,7 +402,11 @@ def test_card_of_a_local_raw_model():
     ("readme", "license_file", "expected"),
     [
         ("---\nlicense: apache-2.0\ntags: [a]\n---\n# x", False, {"license": "apache-2.0"}),
-        ("---\nlicense: other\nlicense_name: llama3\n---\n", True, {"license": "other", "license_name": "llama3"}),
+        (
+            "---\nlicense: other\nlicense_name: llama3\n---\n",
+            True,
+            {"license": "other", "license_name": "llama3"},
+        ),
         ("# no front matter", True, {"license": "other", "license_link": "LICENSE"}),
         ("---\n: [broken\n---\n", False, {}),
         (None, False, {}),

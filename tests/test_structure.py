@@ -208,5 +208,6 @@ def test_wheel_holds_every_package_and_the_demo():
     for package, patterns in settings["package-data"].items():
         folder = ROOT / settings["package-dir"].get(package, package.replace(".", "/"))
         shipped = {path for pattern in patterns for path in folder.glob(pattern)}
-        present = {p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+        files = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")]
+        present = {p for p in files if p.suffix not in (".py", ".pyc")}
         assert shipped == present

@@ -194,9 +194,10 @@ def _tokens(encoded: Any, i: int, start: int, stop: int | None, size: int) -> sl
         return next((token for token in found if token is not None), None)
 
     begin = first(range(start, size if stop is None else stop))
+    last = None if stop is None else first(range(stop - 1, start - 1, -1))
     if begin is None:
         return slice(0)
-    return slice(begin, None if stop is None else first(range(stop - 1, start - 1, -1)) + 1)
+    return slice(begin, None if last is None else last + 1)
 
 
 def prompt_of(source: Source, row: dict[str, Any], tokenizer: Any, where: str) -> Rendered:

@@ -91,9 +91,7 @@ def _block(job: tuple[str, int, int, int, int]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def problems(
-    rows: int, seed: int, split: str, processes: int = 1, most: int = 8
-) -> Iterator[str]:
+def problems(rows: int, seed: int, split: str, processes: int = 1, most: int = 8) -> Iterator[str]:
     """JSON lines of `rows` problems in blocks; the same for any number of processes."""
     jobs = [
         (split, seed, most, number, min(BLOCK, rows - number * BLOCK))

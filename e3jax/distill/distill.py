@@ -70,9 +70,7 @@ def make_train_step(
             if recipe.teacher == "online":
                 assert teacher is not None and teacher_cfg is not None
                 h = decoder.hidden(teacher, rows, teacher_cfg, dtype=dtype, remat="none")
-                known = losses.Online(
-                    jax.lax.stop_gradient(h), decoder.head(teacher, teacher_cfg)
-                )
+                known = losses.Online(jax.lax.stop_gradient(h), decoder.head(teacher, teacher_cfg))
             return losses.token_sums(
                 decoder.hidden(params, rows, cfg, dtype=dtype, remat=remat),
                 decoder.head(params, cfg),
@@ -119,7 +117,7 @@ def mean_teacher_entropy(
     dtype: Any,
     chunk: int,
 ) -> float:
-    """The teacher's entropy in nats, averaged over the loss tokens of some batches: H of the weights.
+    """The teacher's entropy in nats, averaged over the loss tokens of batches: H of the weights.
 
     Measured once, before the first step, so that it is a constant of the data.
     """

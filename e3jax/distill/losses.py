@@ -125,8 +125,8 @@ def sum_over_chunks(fn: Callable[..., Any], arrays: tuple[jax.Array, ...], chunk
 
 
 def split_time(x: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] -> [count, B, size, ...], slices of at most `chunk` tokens (one position at least);
-    the last is padded with zeros."""
+    """[B, T, ...] -> [count, B, size, ...], slices of at most `chunk` tokens (or one position),
+    the last padded with zeros."""
     rows, time = x.shape[:2]
     size = min(time, max(1, chunk // rows))
     count = -(-time // size)
@@ -148,7 +148,7 @@ def _check(objective: Objective, teacher: Online | TopK | None) -> None:
 
 
 def entropy(logp: jax.Array) -> jax.Array:
-    """Entropy in nats over the last axis of log-probabilities; zero-probability outcomes count 0."""
+    """Entropy in nats over the last axis of log-probabilities; impossible outcomes count 0."""
     return -jnp.sum(jnp.exp(logp) * jnp.maximum(logp, jnp.finfo(jnp.float32).min), axis=-1)
 
 
@@ -216,7 +216,7 @@ def _online_terms(
         logp = jax.nn.log_softmax(logits_p / o.temperature)
         logq = jax.nn.log_softmax(logits_q / o.temperature)
     h_p = entropy(logp)
-    h_q = entropy(jax.lax.stop_gradient(logq)) if o.weight in ("student", "joint") else h_p
+    h_q = entropy(logq) if o.weight in ("student", "joint") else h_p
     kl = jnp.sum(jnp.exp(plain_p) * (plain_p - plain_q), axis=-1)
     agree = jnp.sum(
         jnp.where(
@@ -255,7 +255,7 @@ def _stored_terms(
         loss = divergence(logp, logq, o)
     h_q = teacher.entropy
     if o.weight in ("student", "joint"):
-        h_q = entropy(jax.lax.stop_gradient(full_q))
+        h_q = entropy(full_q)
     top = jax.lax.stop_gradient(logq[..., 0] >= jnp.max(full_q, axis=-1))
     return _terms(
         loss,
@@ -301,6 +301,7 @@ def teacher_topk(
     """What a teacher cache stores: ids int32 and log-probabilities [B, T, k], most likely first,
     entropy and log-normaliser float32 [B, T]; all of the distribution at `temperature`.
     """
+
     def one(h: jax.Array) -> tuple[jax.Array, ...]:
         scores = unembed(h, head) / temperature
         if mesh.current() is not None:  # top_k needs the whole vocabulary
@@ -314,4 +315,5 @@ def teacher_topk(
         x = jnp.moveaxis(x, 0, 1)
         return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : h.shape[1]]
 
-    return tuple(map(join, jax.lax.map(one, split_time(h, chunk))))
+    ids, top, h_p, normaliser = jax.lax.map(one, split_time(h, chunk))
+    return join(ids), join(top), join(h_p), join(normaliser)

@@ -33,7 +33,9 @@ def answer_pattern(pattern: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise UserError(f"evaluate.answer={pattern!r}: not a regular expression: {error}") from error
+        raise UserError(
+            f"evaluate.answer={pattern!r}: not a regular expression: {error}"
+        ) from error
     if compiled.groups != 1:
         raise UserError(f"evaluate.answer={pattern!r}: expected exactly one group, the answer")
     return compiled
@@ -59,7 +61,9 @@ def solve(
     pattern = answer_pattern(spec.answer)
     limit = min(spec.max_new_tokens, cfg.max_position - max(len(p.prompt_ids) for p in problems))
     if limit < 1:
-        raise UserError(f"a prompt of the test data fills the model's context of {cfg.max_position}")
+        raise UserError(
+            f"a prompt of the test data fills the model's context of {cfg.max_position}"
+        )
     greedy = make_greedy(cfg, dtype=dtype, max_new_tokens=limit, eos=eos)
     prompts = [p.prompt_ids for p in problems]
     answers = []

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from e3jax import files, job
 from e3jax.evaluate.exact import Answer, solve
@@ -50,9 +49,7 @@ class Row:
         }
 
 
-def measure(
-    job_: Job, model: str, params: Params, keep: Sequence[int], tokens: int
-) -> Row:
+def measure(job_: Job, model: str, params: Params, keep: Sequence[int], tokens: int) -> Row:
     """Figures of layers `keep` of the dense model's parameters; kept on disk, measured once."""
     sliced = lambda: decoder.take_layers(params, keep)  # noqa: E731
     return _once(job_, model, keep, sliced, {"keep": list(keep)}, tokens)
@@ -125,7 +122,7 @@ def summary(row: Row) -> str:
 
 
 def removal_curve(job_: Job, mask: Any) -> list[dict[str, float]]:
-    """KL after each successive removal in the mask's order, nothing trained: evaluate/removal.json."""
+    """KL after each removal in the mask's order, nothing trained: evaluate/removal.json."""
     path = job_.out / "evaluate" / "removal.json"
     key = files.fingerprint(job_.inputs(order=mask.order, measured=job_.measured.fingerprint))
     if path.exists() and (kept := files.read_json(path))["inputs"] == key:

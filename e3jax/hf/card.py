@@ -113,8 +113,6 @@ With e3jax, an implementation in JAX of E3-Pruner:
 @misc{{yuan2025e3pruner,
   title         = {{E$^3$-Pruner: Towards Efficient, Economical, and Effective Layer Pruning for
                    Large Language Models}},
-  author        = {{Tao Yuan and Haoli Bai and Yinfei Pan and Xuyang Cao and Tianyu Zhang and
-                   Lu Hou and Ting Hu and Xianzhi Yu}},
   year          = {{2025}},
   eprint        = {{2511.17205}},
   archivePrefix = {{arXiv}}

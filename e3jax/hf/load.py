@@ -46,7 +46,7 @@ def resolve(path: str, revision: str | None = None) -> pathlib.Path:
         found = huggingface_hub.snapshot_download(
             path, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED
         )
-    except Exception as error:  # noqa: BLE001  whatever the client raises means this
+    except Exception as error:
         raise UserError(
             f"{path}: there is no such folder, and as a Hugging Face hub id it could not be "
             f"fetched ({type(error).__name__}: {str(error).strip().splitlines()[0]}). "
@@ -183,7 +183,7 @@ def _same(a: Stored, b: Stored, rows: int = 4096) -> bool:
 
 
 def source_dtype(folder: str | pathlib.Path) -> str:
-    """The dtype that most of the checkpoint's bytes are stored in: `bfloat16`, `float16`, `float32`."""
+    """The dtype of most of the checkpoint's bytes: `bfloat16`, `float16` or `float32`."""
     size: Counter[str] = Counter()
     for t in stored_tensors(pathlib.Path(folder)).values():
         size[t.code] += t.nbytes

@@ -1,4 +1,4 @@
-"""The safetensors file format: a JSON header, then the tensors' bytes. Validated; never whole in memory.
+"""The safetensors file format: a JSON header, then the tensors' bytes. Never whole in memory.
 
 Layout: 8 bytes little-endian header length, the header {name: {dtype, shape, data_offsets}} with
 an optional `__metadata__` of strings, and the data, each tensor right after the other.

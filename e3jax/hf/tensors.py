@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face checkpoint <-> the leaves of the parameters, in one two-way table."""
+"""The tensors of a Hugging Face checkpoint <-> the leaves of the parameters: one two-way table."""
 
 import dataclasses
 import math

@@ -192,7 +192,9 @@ def attention(
     k = _project("btd,dkh->btkh", x_btd, w["k"], ("batch", None, "heads", None))
     v = _project("btd,dkh->btkh", x_btd, w["v"], ("batch", None, "heads", None))
     if cfg.qkv_bias:
-        q, k, v = (y + w[f"{n}_bias"].astype(y.dtype) for n, y in zip("qkv", (q, k, v), strict=True))
+        q, k, v = (
+            y + w[f"{n}_bias"].astype(y.dtype) for n, y in zip("qkv", (q, k, v), strict=True)
+        )
     if cfg.qk_norm:
         q = rms_norm(q, w["q_norm"], cfg.norm_eps)
         k = rms_norm(k, w["k_norm"], cfg.norm_eps)

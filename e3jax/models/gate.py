@@ -16,7 +16,7 @@ def _rows(m_b: jax.Array, like: jax.Array) -> jax.Array:
 def apply_gate(h: jax.Array, h_new: jax.Array, m_b: jax.Array) -> jax.Array:
     """Keep (1) or skip (0) a layer for each row.
 
-    h, h_new: [B, T, D], residual stream before and after the layer; m_b: float32 [B], exactly 0 or 1.
+    h, h_new: [B, T, D], residual stream before and after the layer; m_b: float32 [B], 0 or 1.
     Forward selects, since in bfloat16 h + (h_new - h) is not h_new: a masked model equals the
     sliced one bit for bit. The gradient of m is <dL/dh', h_new - h> in float32, for kept and
     removed layers alike.

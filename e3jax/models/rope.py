@@ -42,7 +42,7 @@ def _llama3(freqs: np.ndarray, rope: Rope) -> np.ndarray:
 
 
 def _yarn(freqs: np.ndarray, rope: Rope, head_dim: int) -> np.ndarray:
-    """NTK-by-parts (arXiv 2309.00071): planes that turn often in the old context keep their speed."""
+    """NTK-by-parts (arXiv 2309.00071): planes that turn often in the old context stay."""
 
     def plane_turning(times: float) -> float:
         per_turn = rope.original_max_position / (times * 2 * math.pi)

@@ -61,7 +61,10 @@ def draw_losses(job_: Job) -> None:
         if train:
             name = "ours" if stage == "distill" else stage
             series[f"{name}, train"] = ([x["step"] for x in train], [x["kl"] for x in train])
-            series[f"{name}, held out"] = ([x["step"] for x in held], [x["held_out_kl"] for x in held])
+            series[f"{name}, held out"] = (
+                [x["step"] for x in held],
+                [x["held_out_kl"] for x in held],
+            )
     if series:
         folder = job_.out / "plots"
         folder.mkdir(exist_ok=True)

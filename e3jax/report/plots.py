@@ -45,7 +45,9 @@ def kept_layers(
     axes.set(xlabel="search step", ylabel="layer", yticks=range(0, layers, max(1, layers // 16)))
     axes.invert_yaxis()
     figure.colorbar(mesh, ax=axes, label="probability of being kept", pad=0.01)
-    axes.set_title(f"{len(keep)} of {layers} layers kept (right: blue kept, red removed)", fontsize=10)
+    axes.set_title(
+        f"{len(keep)} of {layers} layers kept (right: blue kept, red removed)", fontsize=10
+    )
     figure.savefig(path)
 
 
@@ -77,7 +79,9 @@ def curves(
     for name, (x, y) in series.items():
         xs, ys = np.asarray(x, float), np.asarray(y, float)
         good = np.isfinite(ys) & ((ys > 0) | (not log))
-        axes.plot(xs[good], ys[good], label=name, linewidth=1.4, marker="." if len(xs) < 30 else None)
+        axes.plot(
+            xs[good], ys[good], label=name, linewidth=1.4, marker="." if len(xs) < 30 else None
+        )
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
     axes.grid(alpha=0.25)
     if len(series) > 1:

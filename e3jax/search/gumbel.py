@@ -82,8 +82,8 @@ def straight_through(draw: Draw, tau: jax.Array | float, kind: Relaxation) -> ja
 def threshold(draw: Draw, tau: jax.Array | float) -> jax.Array:
     """sigmoid((s - t) / tau), t midway between the n-th and the next largest competitor.
 
-    The gradient flows through t as well: a shift of all logits changes neither the mask nor this, so
-    the gradient sums to 0 over layers.
+    The gradient flows through t as well: a shift of all logits changes neither the mask nor this,
+    so the gradient sums to 0 over layers.
     """
     ranked = jnp.take_along_axis(draw.perturbed, draw.order, axis=-1)
     last = draw.perturbed.shape[-1] - 1
@@ -213,19 +213,17 @@ def init_theta(
 ) -> np.ndarray:
     """Where theta starts, float32 [L]: mean 0 and a spread of `scale` Gumbel standard deviations.
 
-    kl: zscore of the log importance, or of its rank; raw importance spans three decades, which would
-    start nearly all layers at the same place. Zero variance, or `zeros`: all 0.
+    kl: zscore of the log importance, or of its rank; raw importance spans three decades, which
+    would start nearly all layers at the same place. Zero variance, or `zeros`: all 0.
     """
     if init == "zeros":
         return np.zeros(len(importance_l), np.float32)
     if init == "random":
         x = np.random.default_rng(seed).normal(size=len(importance_l))
     elif form == "rank":
-        x = np.argsort(np.argsort(importance_l, kind="stable")).astype(np.float64)
-        x = x if np.ptp(importance_l) > 0 else np.zeros_like(x)
+        x = np.unique(importance_l, return_inverse=True)[1].astype(np.float64)
     else:
         x = np.log(np.maximum(importance_l, LOSS_FLOOR))
-    spread = np.std(x)
-    if spread == 0:
+    if np.ptp(x) == 0:  # the standard deviation of equal numbers may round to above 0
         return np.zeros(len(importance_l), np.float32)
-    return (scale * GUMBEL_STD * (x - np.mean(x)) / spread).astype(np.float32)
+    return (scale * GUMBEL_STD * (x - np.mean(x)) / np.std(x)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Stage 1: the differentiable search of a layer mask (E3-Pruner, arXiv 2511.17205, section on masks).
+"""Stage 1: the differentiable search of a layer mask (E3-Pruner, arXiv 2511.17205).
 
 theta [L] scores the layers; each step draws one exact Gumbel-TopK mask a row of the batch, runs the
 masked model against the dense one, and moves theta by a gradient estimator. Weights are frozen
@@ -61,7 +61,8 @@ def fixed_layers(spec: config.Search, num_layers: int) -> tuple[np.ndarray, np.n
         raise UserError(f"search.protect and search.force both name layers {both}")
     if protect.sum() > keep:
         raise UserError(
-            f"search.protect names {protect.sum()} layers and search.keep={keep}: protect fewer or keep more"
+            f"search.protect names {protect.sum()} layers and search.keep={keep}: protect fewer or "
+            "keep more"
         )
     if force.sum() > num_layers - keep:
         raise UserError(
@@ -95,7 +96,7 @@ def make_search_step(
     """A jitted (state, params, batch) -> (state, metrics) of one search step.
 
     Metrics are float32 scalars: loss (nats a token of the masked models), removed (layers), tau,
-    gradient norm, mask entropy, tokens processed.
+    grad_norm, tokens (processed by masked models).
     """
     keep = resolve_keep(spec.keep, cfg.num_layers)
     protect, force = fixed_layers(spec, cfg.num_layers)
@@ -137,9 +138,7 @@ def make_search_step(
             loss, (draw, sums) = masked(state.theta)
             through = jnp.zeros_like(state.theta)
         else:
-            (loss, (draw, sums)), through = jax.value_and_grad(masked, has_aux=True)(
-                state.theta
-            )
+            (loss, (draw, sums)), through = jax.value_and_grad(masked, has_aux=True)(state.theta)
         gate_scale = state.gate_scale
         if spec.estimator != "score":
             through, gate_scale = _normalise(through, gate_scale, state.step)
@@ -175,7 +174,9 @@ def _norm(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(x * x))
 
 
-def _normalise(grad_l: jax.Array, scale_l: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _normalise(
+    grad_l: jax.Array, scale_l: jax.Array, step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Divides each layer's gate gradient by its running root mean square (decay 0.9).
 
     At a kept layer the gate's derivative is about scaling the layer a little, not removing it, and

@@ -37,24 +37,28 @@ def least_important(
     protect: Iterable[int] = (),
     force: Iterable[int] = (),
 ) -> Selection:
-    """One shot: the layers of least score go, forced ones first, protected ones never."""
-    protected, forced = set(protect), list(force)
-    free = [int(i) for i in np.argsort(scores, kind="stable") if i not in protected]
-    order = [*forced, *(i for i in free if i not in forced)][: len(scores) - keep]
-    kept = tuple(i for i in range(len(scores)) if i not in order)
+    """One shot: the layers of least score go, forced ones first, protected ones never.
+
+    protect, force: layer numbers, negative ones from the end, as `search.fixed_layers` allows them.
+    """
+    layers = len(scores)
+    protected, forced = ({i % layers for i in ids} for ids in (protect, force))
+    ranked = [i for i in np.argsort(scores, kind="stable").tolist() if i not in protected]
+    order = sorted(ranked, key=lambda i: i not in forced)[: layers - keep]
+    kept = tuple(i for i in range(layers) if i not in order)
     return Selection(selector, kept, tuple(order), tuple(map(float, scores)), tokens)
 
 
 def leave_one_out_kl(
     params: Params, cfg: ModelConfig, batches: Iterable[Any], *, dtype: Any, chunk: int
 ) -> tuple[np.ndarray, int]:
-    """KL(dense || without layer l), nats a token, float64 [L]: E3-Pruner's start (`kl` of EvoPress).
+    """KL(dense || without layer l), nats a token, float64 [L]: E3-Pruner's start (EvoPress's `kl`).
 
     `batches` are numpy Batch rows. Returns the scores and the tokens processed: L times the data.
     """
     layers = cfg.num_layers
     objective = losses.Objective(chunk=chunk)
-    others = np.array([[i for i in range(layers) if i != l] for l in range(layers)], np.int32)
+    others = np.array([[i for i in range(layers) if i != out] for out in range(layers)], np.int32)
 
     @jax.jit
     def score(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -74,14 +78,18 @@ def leave_one_out_kl(
     total, count, tokens = np.zeros(layers), 0.0, 0
     for batch in batches:
         kl_l, n, seen = score(params, mesh.shard_batch(batch))
-        total, count, tokens = total + np.asarray(kl_l, np.float64), count + float(n), tokens + int(seen)
+        total, count, tokens = (
+            total + np.asarray(kl_l, np.float64),
+            count + float(n),
+            tokens + int(seen),
+        )
     return total / max(count, 1.0), tokens * layers
 
 
 def block_influence(
     params: Params, cfg: ModelConfig, batches: Iterable[Any], *, dtype: Any
 ) -> tuple[np.ndarray, int]:
-    """ShortGPT (arXiv 2403.03853): BI_l = 1 - E[cos(h_l, h_{l+1})], float64 [L], before the final norm.
+    """ShortGPT (arXiv 2403.03853): BI_l = 1 - E[cos(h_l, h_{l+1})], float64 [L], no final norm.
 
     Returns the scores and the tokens processed: one dense pass, so the data once.
     """

@@ -51,7 +51,7 @@ class Checkpoints:
         for step in sorted((c.step for c in self._orbax.checkpoints), reverse=True):
             try:
                 state = self._orbax.load(step, abstract_state)
-            except Exception as error:  # noqa: BLE001  whatever a torn file makes Orbax raise
+            except Exception as error:
                 log.warning("%s: step %d cannot be read: %s", self.folder, step, _reason(error))
                 torn.append(step)
                 continue
@@ -75,10 +75,12 @@ class Checkpoints:
 def open_checkpoints(
     folder: pathlib.Path, inputs: Mapping[str, Any], keep: int = 2
 ) -> Iterator[Checkpoints]:
-    """Checkpoints that are closed, and so complete, when the block ends without an error."""
+    """Checkpoints that are closed, and so complete, however the block ends."""
     checkpoints = Checkpoints(folder, inputs, keep)
-    yield checkpoints
-    checkpoints.close()
+    try:
+        yield checkpoints
+    finally:
+        checkpoints.close()
 
 
 def claim(folder: pathlib.Path, inputs: Mapping[str, Any]) -> None:

@@ -116,8 +116,7 @@ def _loop(
                 metrics.log(done, values)
             checkpoints.save(done, state)
         if stop:
-            checkpoints.close()
-            metrics.say(f"told to stop: saved at step {done}; the same command goes on from here")
+            metrics.say(f"told to stop: saving step {done}; the same command goes on from here")
             raise SystemExit(128 + signal.SIGTERM)
     return state
 
@@ -135,4 +134,3 @@ class _terminated:
     def __exit__(self, *_: object) -> None:
         if self._old is not None:
             signal.signal(signal.SIGTERM, self._old)
-

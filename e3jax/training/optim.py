@@ -13,7 +13,7 @@ Tree = Any
 
 
 def make_schedule(o: config.Optimizer, steps: int) -> optax.Schedule:
-    """Learning rate of a step: linear warm-up, then cosine down to `final` of the peak at `steps`."""
+    """Learning rate of a step: linear warm-up, then cosine to `final` of the peak at `steps`."""
     warmup = round(o.warmup * steps)
     return optax.warmup_cosine_decay_schedule(
         init_value=o.lr / max(warmup, 1),

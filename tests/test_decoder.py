@@ -1,0 +1,298 @@
+"""The decoder: who sees whom, masked = sliced, sizes, shardings on meshes small and large."""
+
+import dataclasses
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hf_tiny import tiny_model
+from jax.sharding import AbstractMesh, AxisType
+from training_tiny import random_batch, set_mesh
+
+from e3jax import mesh
+from e3jax.distill import losses
+from e3jax.errors import UserError
+from e3jax.hf.families import MODEL_TYPES, from_hf, read_config
+from e3jax.models import decoder
+from e3jax.models.config import ModelConfig
+
+CFG = ModelConfig(
+    family="qwen3", num_layers=4, width=16, mlp_width=24, num_heads=4, num_kv_heads=2, head_dim=8,
+    vocab_size=64, max_position=64, norm_eps=1e-6, tied=False, windows=(None, 3, 5, None),
+    qk_norm=True,
+)  # fmt: skip
+EVERYTHING = dataclasses.replace(CFG, qkv_bias=True, out_bias=True, mlp_bias=True)
+T = 16
+SEGMENTS = np.repeat([1, 2, 3, 0], [6, 5, 3, 2])  # the last two are padding
+
+
+def hot_params(cfg=CFG, dtype=jnp.float32):
+    """Random weights with which every layer matters; no bias is zero, no norm one."""
+    params = decoder.init_params(jax.random.key(0), cfg)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [0.2 * jax.random.normal(k, w.shape) for k, w in zip(keys, leaves)]
+    return jax.tree.map(lambda w, n: (w + n).astype(dtype), params, jax.tree.unflatten(tree, noise))
+
+
+def make_batch(tokens, segments):
+    """[B, T] tokens in documents; targets and mask do not matter here."""
+    tokens, segments = np.atleast_2d(tokens).astype(np.int32), np.atleast_2d(segments)
+    starts = np.diff(segments, axis=1, prepend=-1) != 0
+    t = np.arange(tokens.shape[1])
+    positions = t - np.maximum.accumulate(np.where(starts, t, 0), axis=1)
+    ints = [np.asarray(x, np.int32) for x in (tokens, positions, segments, tokens)]
+    return decoder.Batch(*ints, np.ones_like(tokens, bool))
+
+
+def packed_batch(rows=1):
+    tokens = np.random.default_rng(0).integers(0, CFG.vocab_size, (rows, T))
+    return make_batch(tokens, np.tile(SEGMENTS, (rows, 1)))
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "dtype", "remat"))
+def run(params, batch, cfg=CFG, dtype=jnp.float32, remat="none", **masks):
+    """float32 logits."""
+    h = decoder.hidden(params, batch, cfg, dtype=dtype, remat=remat, **masks)
+    return decoder.logits(params, h, cfg)
+
+
+# ---------------------------------------------------------------- who sees whom
+
+
+def reach(windows) -> np.ndarray:
+    """Bool [T, T]: t depends on s, by following attention through layers of these windows."""
+    t = np.arange(T)
+    sees = np.eye(T, dtype=bool)
+    for window in windows:
+        back = t[:, None] - t[None]
+        edge = (back >= 0) & (back < (window or T)) & (SEGMENTS[:, None] == SEGMENTS[None])
+        sees = (edge.astype(int) @ sees.astype(int)) > 0
+    return sees
+
+
+@pytest.mark.parametrize("windows", [(None,) * 4, (2, 2, 3), (2, None), (3, 1)])
+def test_gradients_reach_exactly_what_may_be_seen(windows):
+    """Position s has an embedding row of its own, so its gradient is that of the input at s."""
+    cfg = dataclasses.replace(CFG, num_layers=len(windows), windows=windows, vocab_size=T)
+    params, batch = hot_params(cfg), make_batch(np.arange(T), SEGMENTS)
+
+    def outputs(embed):
+        h = decoder.hidden({**params, "embed": embed}, batch, cfg, dtype=jnp.float32)
+        return jnp.sum(h[0] * jax.random.normal(jax.random.key(2), h.shape[1:]), axis=-1)
+
+    jacobian = jax.jit(jax.jacrev(outputs))(params["embed"])  # [T, S, D]
+    np.testing.assert_array_equal(np.abs(np.asarray(jacobian)).max(-1) > 0, reach(windows))
+
+
+def test_packed_documents_have_the_logits_they_have_alone():
+    params, packed = hot_params(), packed_batch()
+    together = np.asarray(run(params, packed))[0]
+    for document in (1, 2, 3):
+        where = document == SEGMENTS
+        alone = make_batch(packed.tokens[:, where], np.ones((1, where.sum())))
+        np.testing.assert_allclose(together[where], run(params, alone)[0], atol=2e-5)
+    one = make_batch(packed.tokens, np.ones((1, T)))
+    assert np.abs(together - np.asarray(run(params, one))[0])[6:14].max() > 0.1
+
+
+# ---------------------------------------------------------------- masked = sliced
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("remat", ["none", "layer"])
+def test_masked_sliced_and_indexed_models_are_one(dtype, remat):
+    """With a different kind of attention in each layer; the slice may have fewer kinds."""
+    params, batch = hot_params(EVERYTHING, dtype), packed_batch(rows=4)
+    keeps = [(0, 3), (1, 2), (0, 1, 2), (2,)]
+    gates = np.array([[float(i in keep) for i in range(4)] for keep in keeps], np.float32)
+    masked = np.asarray(run(params, batch, EVERYTHING, dtype, remat, gates_bl=gates))
+    for row, keep in enumerate(keeps):
+        sliced = run(
+            decoder.take_layers(params, keep), batch, EVERYTHING.take_layers(keep), dtype, remat
+        )
+        indexed = run(params, batch, EVERYTHING, dtype, remat, layer_ids=jnp.array(keep))
+        np.testing.assert_array_equal(masked[row], sliced[row])
+        np.testing.assert_array_equal(masked[row], indexed[row])
+    assert np.abs(np.diff(masked, axis=0)).max(axis=(1, 2)).min() > 0.1  # the masks matter
+
+
+def test_layer_ids_follow_the_order_given():
+    params, batch = hot_params(), packed_batch()
+    order = (3, 1)
+    swapped = run(decoder.take_layers(params, order), batch, CFG.take_layers(order))
+    np.testing.assert_array_equal(run(params, batch, layer_ids=jnp.array(order)), swapped)
+    assert np.abs(run(params, batch, layer_ids=jnp.array([1, 3])) - swapped).max() > 0.1
+
+
+def test_recomputing_changes_nothing():
+    params, batch = hot_params(EVERYTHING), packed_batch(rows=2)
+    gates = jnp.array([[1, 0, 1, 1], [1, 1, 0, 1]], jnp.float32)
+
+    def loss(params, gates, remat):
+        h = decoder.hidden(
+            params, batch, EVERYTHING, dtype=jnp.float32, gates_bl=gates, remat=remat
+        )
+        return jnp.sum(jnp.tanh(decoder.logits(params, h, EVERYTHING)))
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(step(params, gates, "none")),
+        jax.tree.leaves(step(params, gates, "layer")),
+    ):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_observe_sees_the_residual_stream_around_every_layer():
+    params, batch = hot_params(), packed_batch(rows=2)
+    stats = lambda before, after: {"before": before, "after": after}
+    h, seen = decoder.hidden(params, batch, CFG, dtype=jnp.float32, observe=stats)
+    assert seen["before"].shape == (4, 2, T, CFG.width)
+    np.testing.assert_array_equal(seen["before"][0], params["embed"][batch.tokens])
+    np.testing.assert_array_equal(seen["before"][1:], seen["after"][:-1])
+    norm = decoder.rms_norm(seen["after"][-1], params["final_norm"], CFG.norm_eps)
+    np.testing.assert_allclose(h, norm, atol=1e-5)
+    for count in (1, 3):  # a model of the first layers ends where the next layer begins
+        short = decoder.take_layers(params, range(count))
+        end = decoder.hidden(short, batch, CFG.take_layers(range(count)), dtype=jnp.float32)
+        norm = decoder.rms_norm(seen["before"][count], params["final_norm"], CFG.norm_eps)
+        np.testing.assert_allclose(end, norm, atol=1e-5)
+
+
+# ---------------------------------------------------------------- sizes and the start
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("mistral", {"head_dim": 16, "tie_word_embeddings": True}),
+        ("qwen2", {}),
+        ("qwen3", {"attention_bias": True}),
+    ],
+)
+def test_count_params_is_what_transformers_counts(family, changes):
+    model = tiny_model(family, **changes)
+    cfg = from_hf(json.loads(model.config.to_json_string(use_diff=False)), family)
+    assert decoder.count_params(cfg) == model.num_parameters()
+    params = decoder.init_params(jax.random.key(0), cfg)
+    assert decoder.count_params(cfg) == sum(w.size for w in jax.tree.leaves(params))
+    assert jax.tree.structure(params) == jax.tree.structure(decoder.abstract_params(cfg))
+
+
+def test_init_scale():
+    cfg = dataclasses.replace(EVERYTHING, width=64, mlp_width=128, num_layers=8, windows=(None,) * 8)
+    params = decoder.init_params(jax.random.key(0), cfg)
+    for path, w in jax.tree.leaves_with_path(params):
+        name = path[-1].key
+        if name.endswith("norm"):
+            assert np.all(w == 1), name
+        elif name.endswith("bias"):
+            assert np.all(w == 0), name
+        else:
+            std = 0.02 / math.sqrt(2 * 8) if name in ("o", "down") else 0.02
+            assert abs(np.std(w) / std - 1) < 0.05 and abs(np.mean(w)) < 0.1 * std, name
+    batch = packed_batch()
+    logp = jax.nn.log_softmax(run(params, batch, cfg))
+    nll = -np.take_along_axis(np.asarray(logp), batch.tokens[..., None], -1).mean()
+    assert abs(nll - math.log(cfg.vocab_size)) < 0.1  # knows nothing yet
+    other = decoder.init_params(jax.random.key(1), cfg)
+    assert np.any(other["embed"] != params["embed"])
+
+
+# ---------------------------------------------------------------- meshes
+
+
+def distillation_loss(params, batch, cfg, dtype=jnp.float32):
+    """A little of everything: the student's loss against a teacher of the same weights."""
+    frozen = jax.lax.stop_gradient(params)
+    teacher = decoder.hidden(frozen, batch, cfg, dtype=dtype)
+    gates = jnp.where(jnp.arange(cfg.num_layers) % 2 == 0, 1.0, 0.0)
+    gates = jnp.broadcast_to(gates, (batch.tokens.shape[0], cfg.num_layers))
+    h = decoder.hidden(params, batch, cfg, dtype=dtype, gates_bl=gates)
+    sums = losses.token_sums(
+        h,
+        decoder.head(params, cfg),
+        batch.targets,
+        batch.mask,
+        losses.Online(teacher, decoder.head(frozen, cfg)),
+        losses.Objective(chunk=64, ce=0.5),
+    )
+    return jnp.sum(sums.loss) / jnp.sum(sums.tokens)
+
+
+SMALL = dataclasses.replace(EVERYTHING, width=32, mlp_width=48)
+
+
+@functools.cache
+def on_one_device():
+    return jax.jit(jax.value_and_grad(distillation_loss), static_argnums=2)(
+        hot_params(SMALL), random_batch(0), SMALL
+    )
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (1, 2, 4), (2, 2, 2)])
+def test_eight_devices_are_one(sizes):
+    with set_mesh(*sizes):
+        shardings = jax.tree.map(lambda s: s.sharding, decoder.abstract_params(SMALL))
+        params = jax.tree.map(jax.device_put, hot_params(SMALL), shardings)
+        loss, grads = jax.jit(jax.value_and_grad(distillation_loss), static_argnums=2)(
+            params, mesh.shard_batch(random_batch(0)), SMALL
+        )
+        for g, sharding in zip(jax.tree.leaves(grads), jax.tree.leaves(shardings)):
+            assert g.sharding.is_equivalent_to(sharding, g.ndim)
+    expected, expected_grads = on_one_device()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for (path, a), b in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected_grads)):
+        scale = np.abs(b).max()
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * scale, err_msg=name)
+
+
+def test_what_the_model_axis_does_not_divide_is_replicated():
+    with set_mesh(1, 2, 4):  # 2 key-value heads over 4
+        specs = decoder.param_specs(SMALL)
+        assert tuple(specs["layers"]["q"]) == (None, "data", None, None, None)
+        assert tuple(specs["layers"]["gate"]) == (None, "data", "model")
+        assert tuple(specs["embed"]) == ("model", "data")
+        params = decoder.init_params(jax.random.key(0), SMALL)
+        shard = params["layers"]["gate"].addressable_shards[0].data
+        assert shard.shape == (4, SMALL.width // 2, SMALL.mlp_width // 4)
+    with set_mesh(1, 4, 2):
+        assert decoder.param_specs(SMALL)["layers"]["q"][2] == "model"
+
+
+def test_init_does_not_depend_on_the_mesh():
+    alone = decoder.init_params(jax.random.key(3), SMALL)
+    with set_mesh(1, 4, 2):
+        spread = decoder.init_params(jax.random.key(3), SMALL)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), alone, spread)
+
+
+def test_published_models_type_check_on_a_pod(shared):
+    """Explicit axes make a sharding mistake a type error, found without the 256 devices."""
+    pod = AbstractMesh((2, 16, 8), mesh.AXES, axis_types=(AxisType.Explicit,) * 3)
+    checked = set()
+    for folder in sorted((shared / "configs").iterdir()):
+        try:
+            cfg = read_config(folder)
+        except (UserError, NotADirectoryError):
+            continue
+        if (shape := dataclasses.replace(cfg, max_position=0)) in checked:
+            continue
+        checked.add(shape)
+        with jax.sharding.use_abstract_mesh(pod):
+            params = decoder.abstract_params(cfg, jnp.bfloat16)
+            place = mesh.sharding(("batch", None))
+            ints = [jax.ShapeDtypeStruct((64, 32), jnp.int32, sharding=place)] * 4
+            mask = jax.ShapeDtypeStruct((64, 32), bool, sharding=place)
+            loss = functools.partial(distillation_loss, cfg=cfg, dtype=jnp.bfloat16)
+            grads = jax.eval_shape(jax.grad(loss), params, decoder.Batch(*ints, mask))
+        for g, w in zip(jax.tree.leaves(grads), jax.tree.leaves(params)):
+            assert (g.shape, g.sharding.spec) == (w.shape, w.sharding.spec)
+    assert {cfg.family for cfg in checked} == set(MODEL_TYPES) and len(checked) > 10
