@@ -77,9 +77,14 @@ def spec(axes: Sequence[str | None], shape: Sequence[int] | None = None) -> P:
 def sharding(
     axes: Sequence[str | None], shape: Sequence[int] | None = None
 ) -> NamedSharding | None:
-    """The sharding of an array with these logical axes under the mesh that is set, or None."""
-    mesh = jax.sharding.get_mesh() if current() is not None else None
-    return None if mesh is None or mesh.empty else NamedSharding(mesh, spec(axes, shape))
+    """The sharding of an array with these logical axes under the mesh that is set, or None.
+
+    Under an abstract mesh (no devices, only types) it is good for jax.eval_shape alone.
+    """
+    if (abstract := current()) is None:
+        return None
+    mesh = jax.sharding.get_mesh()
+    return NamedSharding(abstract if mesh.empty else mesh, spec(axes, shape))
 
 
 def out(axes: Sequence[str | None], shape: Sequence[int] | None = None) -> P | None:

@@ -1,0 +1,63 @@
+"""The mesh: sizes, rules, placement; and nothing of it needed where none is set."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+from training_tiny import set_mesh
+
+from e3jax import mesh
+from e3jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [((1, -1, 1), (1, 8, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 2, 4), (1, 2, 4))],
+)
+def test_sizes(sizes, expected):
+    made = mesh.make_mesh(*sizes)
+    assert tuple(made.shape.items()) == tuple(zip(mesh.AXES, expected))
+    assert set(made.axis_types) == {AxisType.Explicit}
+
+
+@pytest.mark.parametrize("sizes", [(1, 3, 1), (3, -1, 1), (1, -1, 16), (1, 4, 1)])
+def test_sizes_that_do_not_fit(sizes):
+    with pytest.raises(UserError, match="devices and there are 8; change the mesh sizes"):
+        mesh.make_mesh(*sizes)
+
+
+def test_rules():
+    assert mesh.spec(("embed", "heads", None)) == P("data", "model", None)
+    assert mesh.spec(("batch", None)) == P(("replica", "data"), None)
+    with set_mesh(2, 2, 2):
+        assert mesh.axis_size(mesh.current(), mesh.BATCH) == 4
+        assert mesh.axis_size(mesh.current(), "model") == 2
+        assert mesh.axis_size(mesh.current(), None) == 1
+        assert mesh.spec(("embed", "heads"), (6, 3)) == P("data", None)  # 3 over 2: replicated
+        assert mesh.spec(("batch", "vocab"), (8, 10)) == P(("replica", "data"), "model")
+        assert mesh.spec(("batch",), (2,)) == P(None)  # 2 rows over 4
+
+
+def test_rows_are_spread_and_everything_else_whole():
+    rows = np.arange(24.0).reshape(8, 3)
+    with set_mesh(2, 2, 2):
+        placed, whole = mesh.shard_batch({"x": rows})["x"], mesh.replicate({"x": rows})["x"]
+    np.testing.assert_array_equal(placed, rows)
+    assert [s.data.shape for s in placed.addressable_shards] == [(2, 3)] * 8
+    assert [s.data.shape for s in whole.addressable_shards] == [(8, 3)] * 8
+
+
+def test_no_mesh_no_shardings():
+    assert mesh.current() is None
+    assert mesh.sharding(("embed", None), (4, 4)) is None
+    assert mesh.out(("batch", None), (4, 4)) is None
+    rows = mesh.shard_batch(np.ones((3, 2), np.float32))
+    assert rows.devices() == mesh.replicate(rows).devices() == {jax.devices()[0]}
+
+
+def test_abstract_mesh_gives_types_without_devices():
+    pod = AbstractMesh((4, 64, 8), mesh.AXES, axis_types=(AxisType.Explicit,) * 3)
+    with jax.sharding.use_abstract_mesh(pod):
+        place = mesh.sharding(("embed", "heads"), (128, 4))
+    assert place.mesh == pod and place.spec == P("data", None)
