@@ -1,8 +1,8 @@
 """What a run leaves for others: exported checkpoints, read back and compared before they count."""
 
 import importlib.util
-import json
 import logging
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from e3jax import config, files, job, mesh
+from e3jax.data import text
 from e3jax.errors import UserError
 from e3jax.evaluate.table import Row
 from e3jax.hf import card as cards
@@ -25,8 +26,10 @@ from e3jax.stages import Mask
 
 log = logging.getLogger(__name__)
 
+RECORD = "e3jax.json"  # in an exported folder: what it was made from
 TOLERANCE = 1e-4  # greatest difference of float32 logits, relative to the greatest logit
 PROBES = 4  # windows, and prompts, that are compared
+PROBE_TOKENS = 256  # of each window: logits of whole ones would be gigabytes
 
 
 def export(
@@ -45,12 +48,15 @@ def export(
     those of transformers and its greedy answers as well. Raises UserError, leaving nothing.
     """
     spec = job_.run.export
+    training = job_.out / "distill" / "checkpoints" / "inputs.json" if recovered else None
     inputs = job_.inputs(
-        keep=mask.keep, dtype_out=spec.dtype, shard_gb=spec.shard_gb, weights=_digest(params)
+        keep=mask.keep,
+        dtype_out=spec.dtype,
+        shard_gb=spec.shard_gb,
+        recovered=files.read_json(training) if training else None,
     )
-    record = out.with_name(out.name + ".json")
-    if out.exists() and record.exists():
-        if not (changed := files.differences(files.read_json(record), inputs)):
+    if (out / RECORD).exists():
+        if not (changed := files.differences(files.read_json(out / RECORD), inputs)):
             log.info("export: %s is there already, from the same model", out)
             return
         listed = "\n  ".join(changed)
@@ -58,7 +64,7 @@ def export(
     cfg = job_.cfg.take_layers(mask.keep)
     dtype = load.source_dtype(job_.source) if spec.dtype == "source" else spec.dtype
     stored = jax.tree.map(lambda w: w.astype(dtype), params)
-    text = cards.model_card(
+    card = cards.model_card(
         name=job_.out.name,
         base_model=job_.run.model.path,
         license_keys=cards.read_license(job_.source),
@@ -69,8 +75,9 @@ def export(
     )
 
     def verify(folder: pathlib.Path) -> None:
-        prompts = [p.prompt_ids for p in job_.problems[:PROBES]] if job_.run.data.test else []
-        _check_logits(folder, stored, cfg, job_, prompts, transformers)
+        _verify(folder, out, stored, cfg, job_, transformers)
+        if jax.process_index() == 0:
+            files.write_json(folder / RECORD, inputs)  # so that it appears with the folder
 
     hf_export.export(
         stored,
@@ -78,128 +85,147 @@ def export(
         cfg,
         job_.source,
         out,
-        card=text,
+        card=card,
         dtype=dtype,
         shard_bytes=int(spec.shard_gb * 1e9),
         verify=verify,
     )
-    if jax.process_index() == 0:
-        files.write_json(record, inputs)
     log.info("export: %s, read back and verified", out)
 
 
 def export_trained(
-    run: config.Run, cfg: ModelConfig, params: Params, tokenizer: pathlib.Path, out: pathlib.Path
+    run: config.Run, cfg: ModelConfig, params: Params, source: pathlib.Path, out: pathlib.Path
 ) -> None:
-    """Writes a model made by `train`; it has no source checkpoint, so config.json is made new."""
+    """Writes a model made by `train`, with the tokenizer of the folder `source`.
+
+    One that went on from a checkpoint keeps that checkpoint's config.json and licence; one from
+    scratch gets a new config.json.
+    """
     if out.exists():
         log.info("export: %s is there already", out)
         return
     dtype = "float32" if run.export.dtype == "source" else run.export.dtype
-    ids = json.loads((tokenizer / "tokenizer_config.json").read_text())
-    vocab = job.text.load_tokenizer(tokenizer)
-    special = {
-        name: vocab.convert_tokens_to_ids(ids[f"{name}_token"])
-        if ids.get(f"{name}_token")
-        else None
-        for name in ("bos", "eos", "pad")
-    }
+    stored = jax.tree.map(lambda w: w.astype(dtype), params)
+    shard_bytes = int(run.export.shard_gb * 1e9)
+    if run.train.config is None:
+        card = cards.trained_card(out.parent.name, run.model.path, cards.read_license(source))
+        layers = range(cfg.num_layers)
+        hf_export.export(
+            stored, layers, cfg, source, out, card=card, dtype=dtype, shard_bytes=shard_bytes
+        )
+        return
+    tokenizer = text.load_tokenizer(source)
     hf_export.export_new(
-        jax.tree.map(lambda w: w.astype(dtype), params),
+        stored,
         cfg,
-        tokenizer,
+        source,
         out,
-        card=f"# {out.parent.name}\n\nTrained from random initialisation with e3jax.\n",
+        card=cards.trained_card(out.parent.name),
+        bos=tokenizer.bos_token_id,
+        eos=tokenizer.eos_token_id,
+        pad=tokenizer.pad_token_id,
         dtype=dtype,
-        shard_bytes=int(run.export.shard_gb * 1e9),
-        **special,
+        shard_bytes=shard_bytes,
     )
 
 
-def _digest(params: Params) -> list[float]:
-    """Two moments of all weights: enough to tell one training from another."""
-    total = jax.tree.map(
-        lambda w: jnp.stack(
-            [jnp.sum(w, dtype=jnp.float32), jnp.sum(jnp.square(w.astype(jnp.float32)))]
-        ),
-        params,
-    )
-    return np.sum([np.asarray(x, np.float64) for x in jax.tree.leaves(total)], axis=0).tolist()
+# ---------------------------------------------------------------- verification
 
 
-def _check_logits(
+def _verify(
     folder: pathlib.Path,
+    out: pathlib.Path,
     params: Params,
     cfg: ModelConfig,
     job_: Job,
-    prompts: Sequence[Sequence[int]],
     transformers: bool,
 ) -> None:
     """Raises UserError unless the folder's model gives the logits of `params`, in float32."""
     read = load.load_params(folder, families.read_config(folder))
-    batch = next(job.ordered(job_.train, PROBES, PROBES))
+    windows = next(job.ordered(job_.train, PROBES, PROBES))
+    batch = mesh.shard_batch(jax.tree.map(lambda x: x[:, :PROBE_TOKENS], windows))
 
     @jax.jit
     def logits(params: Params, batch: decoder.Batch) -> jax.Array:
         h = decoder.hidden(params, batch, cfg, dtype=jnp.float32, remat="none")
         return decoder.logits(params, h, cfg)
 
-    ours = np.asarray(logits(params, mesh.shard_batch(batch)))
-    _compare("its own read-back", folder, ours, np.asarray(logits(read, mesh.shard_batch(batch))))
+    _compare("its own read-back", out, logits(params, batch), logits(read, batch))
     if not transformers:
         return
+    again = f"remove {out} and give the same command again"
     if importlib.util.find_spec("torch") is None:
         log.info(
             "export: torch is not installed, so the check through transformers was skipped; "
-            "`pip install torch` and run again into a new folder to have it"
+            "to have it, `pip install torch`, %s",
+            again,
         )
         return
-    _check_transformers(folder, params, cfg, job_, prompts, logits)
+    needed, memory = 3 * 4 * decoder.count_params(cfg), _host_memory()
+    if needed > memory:
+        log.info(
+            "export: the check through transformers was skipped: in float32 it needs %.0f GB of "
+            "host memory and there are %.0f GB; to have it, on a larger host %s",
+            needed / 1e9,
+            memory / 1e9,
+            again,
+        )
+        return
+    _check_transformers(folder, out, params, cfg, job_, logits)
 
 
-def _compare(what: str, folder: pathlib.Path, ours: np.ndarray, theirs: np.ndarray) -> None:
-    error = float(np.max(np.abs(ours - theirs)) / np.max(np.abs(ours)))
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _compare(what: str, out: pathlib.Path, ours: jax.Array, theirs: jax.Array | np.ndarray) -> None:
+    expected, found = np.asarray(ours), np.asarray(theirs)
+    error = float(np.max(np.abs(expected - found)) / np.max(np.abs(expected)))
     log.info("export: logits against %s: relative difference %.1e", what, error)
     if not error <= TOLERANCE:
         raise UserError(
-            f"{folder}: logits differ from {what} by {error:.1e} relative, more than {TOLERANCE}; "
+            f"{out}: logits differ from {what} by {error:.1e} relative, more than {TOLERANCE}; "
             "nothing was exported"
         )
 
 
 def _check_transformers(
     folder: pathlib.Path,
+    out: pathlib.Path,
     params: Params,
     cfg: ModelConfig,
     job_: Job,
-    prompts: Sequence[Sequence[int]],
     logits: Callable[[Params, decoder.Batch], jax.Array],
 ) -> None:
     """The export as its users load it: same float32 logits and, token for token, greedy answers."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
-    ids = list(prompts) or [job_.train.tokens[0][:32].tolist()]
-    width = max(map(len, ids))
-    rows = job.rows_per_batch(len(ids))
+    if job_.run.data.test:
+        prompts = [list(problem.prompt_ids) for problem in job_.problems[:PROBES]]
+    else:
+        prompts = [job_.train.tokens[0][:32].tolist()]
+    width = max(map(len, prompts))
+    rows = job.rows_per_batch(len(prompts))
     tokens = np.zeros((rows, width), np.int32)
-    for row, prompt in zip(tokens, ids, strict=False):
-        row[: len(prompt)] = prompt
+    for row, prompt in zip(tokens, prompts):
+        row[: len(prompt)] = prompt  # what follows it cannot change its logits
     positions = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)
     ones = np.ones_like(tokens)
     batch = decoder.Batch(tokens, positions, ones, tokens, ones.astype(bool))
     with torch.no_grad():
         theirs = model(torch.from_numpy(tokens).long()).logits.numpy()
-    _compare("transformers", folder, np.asarray(logits(params, mesh.shard_batch(batch))), theirs)
+    _compare("transformers", out, logits(params, mesh.shard_batch(batch)), theirs)
 
     count = min(64, cfg.max_position - width)
     greedy = make_greedy(cfg, dtype=jnp.float32, max_new_tokens=count, eos=job_.eos)
-    answers = generate(greedy, params, ids, rows)
-    for prompt, answer in zip(ids, answers, strict=True):
+    for prompt, ours in zip(prompts, generate(greedy, params, prompts, rows), strict=True):
         with torch.no_grad():
-            out = model.generate(
-                torch.tensor([list(prompt)]),
+            answer = model.generate(
+                torch.tensor([prompt]),
                 attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
                 max_new_tokens=count,
                 do_sample=False,
@@ -207,10 +233,10 @@ def _check_transformers(
                 eos_token_id=list(job_.eos) or None,
                 pad_token_id=0,
             )
-        theirs = out[0, len(prompt) :].tolist()
-        if theirs != answer:
+        theirs = answer[0, len(prompt) :].tolist()
+        if theirs != ours:
             raise UserError(
-                f"{folder}: a greedy answer of transformers differs from ours: {theirs} and "
-                f"{answer}; nothing was exported"
+                f"{out}: a greedy answer of transformers differs from ours: {theirs} and {ours}; "
+                "nothing was exported"
             )
-    log.info("export: %d greedy answers equal those of transformers", len(ids))
+    log.info("export: %d greedy answers equal those of transformers", len(prompts))

@@ -4,6 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from e3jax import mesh
+from e3jax.distill import distill
+from e3jax.models import decoder
 from training_tiny import (
     CFG,
     KEEP,
@@ -17,10 +21,6 @@ from training_tiny import (
     run_steps,
     set_mesh,
 )
-
-from e3jax import mesh
-from e3jax.distill import distill
-from e3jax.models import decoder
 
 
 def log_probs(params, batch, cfg):

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hf_tiny import save_tiny
-from training_tiny import set_mesh
 
 from e3jax import mesh
 from e3jax.hf.families import read_config
 from e3jax.hf.load import load_params
 from e3jax.models import decoder
 from e3jax.models.generate import generate, left_pad, make_greedy
+from hf_tiny import save_tiny
+from training_tiny import set_mesh
 
 NEW = 24
 LENGTHS = (5, 19, 12, 1, 26)

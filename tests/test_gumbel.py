@@ -14,6 +14,9 @@ from e3jax.search import gumbel
 THETA = np.array([0.5, -1.0, 1.5, 0.0, -0.3])
 L, K = 5, 3
 KINDS = ("threshold", "khot", "softmax")
+sample = jax.jit(gumbel.sample, static_argnames="rows")
+straight_through = jax.jit(gumbel.straight_through, static_argnames="kind")
+score_gradient = jax.jit(gumbel.score_gradient)
 
 
 def fixed(num_layers=L, *layers):
@@ -24,7 +27,7 @@ def draw(theta=THETA, k=K, rows=1, seed=0, protect=(), force=()):
     theta = jnp.asarray(theta, jnp.float32)
     n = len(theta)
     key = jax.random.key(seed)
-    return gumbel.sample(key, theta, k, rows, fixed(n, *protect), fixed(n, *force))
+    return sample(key, theta, k, rows=rows, protect_l=fixed(n, *protect), force_l=fixed(n, *force))
 
 
 def ordered_probabilities(theta, k):
@@ -80,16 +83,16 @@ def test_protected_and_forced_layers_get_no_gradient():
     protect, force = fixed(L, 2), fixed(L, 0)
 
     def through(theta, kind):
-        d = gumbel.sample(jax.random.key(1), theta, K, 8, protect, force)
+        d = sample(jax.random.key(1), theta, K, 8, protect, force)
         weights = jnp.arange(40.0).reshape(8, L)
-        return jnp.sum(weights * gumbel.straight_through(d, 0.7, kind))
+        return jnp.sum(weights * straight_through(d, 0.7, kind))
 
     theta = jnp.asarray(THETA, jnp.float32)
     for kind in KINDS:
         grad = np.asarray(jax.grad(through)(theta, kind))
         assert np.all(grad[[0, 2]] == 0) and np.all(grad[[1, 3, 4]] != 0)
-    d = gumbel.sample(jax.random.key(1), theta, K, 8, protect, force)
-    grad = np.asarray(gumbel.score_gradient(theta, d, jnp.arange(8.0)))
+    d = sample(jax.random.key(1), theta, K, 8, protect, force)
+    grad = np.asarray(score_gradient(theta, d, jnp.arange(8.0)))
     assert np.all(grad[[0, 2]] == 0) and np.all(grad[[1, 3, 4]] != 0)
 
 
@@ -128,7 +131,7 @@ def test_score_gradient_is_unbiased():
     want = [(expected(THETA + eps * e) - expected(THETA - eps * e)) / (2 * eps) for e in np.eye(L)]
     p = np.array(list(ordered_probabilities(THETA, K).values()))
     weighted = jnp.asarray(p * f * len(f), jnp.float32)  # score_gradient averages over rows
-    got = gumbel.score_gradient(jnp.asarray(THETA, jnp.float32), in_order(outcomes), weighted)
+    got = score_gradient(jnp.asarray(THETA, jnp.float32), in_order(outcomes), weighted)
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert np.abs(want).min() > 1e-2
 
@@ -161,7 +164,7 @@ def test_forward_is_exactly_the_hard_mask(kind):
     theta = np.random.default_rng(0).normal(size=10)
     d = draw(theta, 4, rows=10_000)
     for tau in (4.0, 0.3):
-        mask = np.asarray(gumbel.straight_through(d, tau, kind))
+        mask = np.asarray(straight_through(d, tau, kind))
         np.testing.assert_array_equal(mask, np.asarray(d.keep, np.float32))  # 1e5 values each
 
 
@@ -208,7 +211,7 @@ def boundary_share(kind, tau, num_layers, k, rows=200):
     rng = np.random.default_rng(0)
     d = draw(rng.normal(size=num_layers), k, rows=rows)
     upstream = jnp.asarray(rng.normal(size=(rows, num_layers)), jnp.float32)
-    relax = lambda s: gumbel.straight_through(d.replace(perturbed=s), tau, kind)
+    relax = lambda s: straight_through(d.replace(perturbed=s), tau, kind)
     grad = jnp.abs(jax.vjp(relax, d.perturbed)[1](upstream)[0])
     ranked = jnp.take_along_axis(grad, d.order, axis=1)
     return float(jnp.mean(ranked[:, k - 3 : k + 3].sum(1) / ranked.sum(1)))
@@ -238,9 +241,9 @@ def test_khot_of_the_complement_keeps_the_boundary():
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_boundary_no_gradient(kind):
     def loss(theta, k, protect):
-        d = gumbel.sample(jax.random.key(0), theta, k, 4, protect, fixed())
+        d = sample(jax.random.key(0), theta, k, 4, protect, fixed())
         weights = jnp.arange(4.0 * L).reshape(4, L)
-        return jnp.sum(weights * gumbel.straight_through(d, 0.5, kind))
+        return jnp.sum(weights * straight_through(d, 0.5, kind))
 
     theta = jnp.asarray(THETA, jnp.float32)
     assert np.all(np.asarray(jax.grad(loss)(theta, L, fixed())) == 0)
@@ -251,7 +254,7 @@ def test_no_boundary_no_gradient(kind):
 def test_no_boundary_no_score_gradient():
     """At K = L there is one set; the orders it may come in are no reason to move."""
     orders = in_order([(0, 1, 2, 3, 4), (4, 2, 0, 1, 3)])
-    got = gumbel.score_gradient(jnp.asarray(THETA, jnp.float32), orders, jnp.array([1.0, -1.0]))
+    got = score_gradient(jnp.asarray(THETA, jnp.float32), orders, jnp.array([1.0, -1.0]))
     np.testing.assert_array_equal(got, 0)
 
 
@@ -260,15 +263,15 @@ def test_nothing_competes(kind):
     """Every layer protected or forced out: the one mask there is, and gradients of 0."""
 
     def loss(theta):
-        d = gumbel.sample(jax.random.key(0), theta, 2, 4, fixed(L, 0, 1), fixed(L, 2, 3, 4))
-        mask = gumbel.straight_through(d, 0.05, kind)
+        d = sample(jax.random.key(0), theta, 2, 4, fixed(L, 0, 1), fixed(L, 2, 3, 4))
+        mask = straight_through(d, 0.05, kind)
         return jnp.sum(mask * jnp.arange(L)), (mask, d)
 
     theta = jnp.asarray(THETA, jnp.float32)
     grad, (mask, d) = jax.grad(loss, has_aux=True)(theta)
     np.testing.assert_array_equal(mask, [[1, 1, 0, 0, 0]] * 4)
     np.testing.assert_array_equal(grad, 0)
-    np.testing.assert_array_equal(gumbel.score_gradient(theta, d, jnp.ones(4)), 0)
+    np.testing.assert_array_equal(score_gradient(theta, d, jnp.ones(4)), 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -277,14 +280,14 @@ def test_finite_at_extreme_theta(kind, scale):
     theta = jnp.asarray(THETA * scale, jnp.float32)
 
     def loss(theta, tau):
-        d = gumbel.sample(jax.random.key(0), theta, 3, 16, fixed(L, 0), fixed(L, 1))
+        d = sample(jax.random.key(0), theta, 3, 16, fixed(L, 0), fixed(L, 1))
         upstream = jax.random.normal(jax.random.key(1), (16, L))
-        return jnp.sum(upstream * gumbel.straight_through(d, tau, kind)), d
+        return jnp.sum(upstream * straight_through(d, tau, kind)), d
 
     for tau in (4.0, 0.05):
         (value, d), grad = jax.value_and_grad(loss, has_aux=True)(theta, tau)
         assert np.isfinite(value) and np.all(np.isfinite(grad))
-    score = gumbel.score_gradient(theta, d, jnp.linspace(-2, 2, 16))
+    score = score_gradient(theta, d, jnp.linspace(-2, 2, 16))
     assert np.all(np.isfinite(score)) and np.all(np.isfinite(gumbel.log_prob(theta, d)))
 
 
@@ -294,8 +297,8 @@ def test_one_compilation_for_every_k():
     @jax.jit
     def step(theta, k, tau):
         traced.append(k)
-        d = gumbel.sample(jax.random.key(0), theta, k, 4, fixed(), fixed())
-        soft = [gumbel.straight_through(d, tau, kind) for kind in KINDS]
+        d = sample(jax.random.key(0), theta, k, 4, fixed(), fixed())
+        soft = [straight_through(d, tau, kind) for kind in KINDS]
         return d.keep, soft, gumbel.log_prob(theta, d)
 
     for k in range(1, L + 1):
@@ -375,8 +378,8 @@ def test_khot_takes_no_layer_twice():
 
 def test_noise_and_score_do_not_depend_on_the_mesh():
     def step(theta, advantage):
-        d = gumbel.sample(jax.random.key(1), theta, 3, 16, fixed(), fixed())
-        return d.perturbed, gumbel.score_gradient(theta, d, advantage)
+        d = sample(jax.random.key(1), theta, 3, 16, fixed(), fixed())
+        return d.perturbed, score_gradient(theta, d, advantage)
 
     theta, advantage = THETA.astype(np.float32), np.linspace(-1, 1, 16, dtype=np.float32)
     perturbed, grad = jax.jit(step)(theta, advantage)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hf_tiny import SHARED, SIZES
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from e3jax.errors import UserError
@@ -15,6 +14,7 @@ from e3jax.hf.families import FAMILIES, cut_config, from_hf, read_config, to_hf
 from e3jax.hf.tensors import tensor_table
 from e3jax.models.config import ModelConfig, Rope
 from e3jax.models.rope import inverse_frequencies
+from hf_tiny import SHARED, SIZES
 
 REAL = sorted(
     path

@@ -13,6 +13,16 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import load_file
+
+from e3jax import mesh
+from e3jax.errors import UserError
+from e3jax.hf import safetensors
+from e3jax.hf.card import model_card, read_license
+from e3jax.hf.export import export, export_new
+from e3jax.hf.families import from_hf, read_config
+from e3jax.hf.load import INDEX, load_params
+from e3jax.models import decoder
 from hf_tiny import (
     SHARED,
     SIZES,
@@ -24,16 +34,6 @@ from hf_tiny import (
     save_tiny,
     torch_logits,
 )
-from safetensors.torch import load_file
-
-from e3jax import mesh
-from e3jax.errors import UserError
-from e3jax.hf import safetensors
-from e3jax.hf.card import model_card, read_license
-from e3jax.hf.export import export, export_new
-from e3jax.hf.families import from_hf, read_config
-from e3jax.hf.load import INDEX, load_params
-from e3jax.models import decoder
 
 KEEP = [0, 2, 3]
 WINDOWS = {

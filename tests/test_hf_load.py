@@ -9,6 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
+
+from e3jax import mesh
+from e3jax.errors import UserError
+from e3jax.hf.families import read_config
+from e3jax.hf.load import INDEX, check_vocabulary, load_params, resolve, source_dtype
 from hf_tiny import (
     SHARED,
     assert_same_logits,
@@ -18,13 +25,6 @@ from hf_tiny import (
     save_tiny,
     torch_logits,
 )
-from huggingface_hub.utils import filter_repo_objects
-from safetensors.torch import load_file, save_file
-
-from e3jax import mesh
-from e3jax.errors import UserError
-from e3jax.hf.families import read_config
-from e3jax.hf.load import INDEX, check_vocabulary, load_params, resolve, source_dtype
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}

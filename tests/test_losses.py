@@ -232,6 +232,17 @@ def test_stored_in_float16_more_than_all_the_mass(divergence):
     np.testing.assert_allclose(jnp.sum(sums.loss), jnp.sum(exact.loss), rtol=0.02)
 
 
+def test_a_float16_cache_of_every_token_is_the_online_teacher():
+    x, o = problem(), Objective(weight="teacher", temperature=2.0, chunk=8)
+    online = chunked(x["h"], x["head"], x, teacher_of(x, o, None), o)
+    stored = jax.tree.map(jnp.asarray, top_k(x, V, 2.0, np.float16))
+    cached = chunked(x["h"], x["head"], x, stored, o)
+    np.testing.assert_allclose(cached[0].loss, online[0].loss, rtol=2e-3)
+    np.testing.assert_allclose(cached[0].weight, online[0].weight, rtol=1e-5)
+    for ours, theirs in zip(cached[1:], online[1:], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-3 * np.abs(theirs).max())
+
+
 @pytest.mark.parametrize("tail", ["drop", "renormalise"])
 @pytest.mark.parametrize("divergence", ["reverse_kl", "skew_kl"])
 def test_tails_without_a_probability_are_refused(tail, divergence):

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
-from training_tiny import set_mesh
 
 from e3jax import mesh
 from e3jax.errors import UserError
+from training_tiny import set_mesh
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from e3jax.search import selectors
 from hf_tiny import random_tokens, save_tiny
 from training_tiny import set_mesh
 
-# KL to the dense model without each layer of chain-math-24l, first 24 training rows: PyTorch, float32.
+# KL to the dense model without each layer of chain-math-24l, 24 training rows: PyTorch, float32.
 LEAVE_ONE_OUT = (
     "6.4506 0.7557 0.4530 0.5122 1.0366 0.0032 0.0033 0.0164 0.0557 0.0050 0.0020 0.0017 "
     "0.0024 0.0014 0.0013 0.0020 0.0024 0.0014 0.0130 0.0051 0.0058 0.0043 0.1409 0.0798"
@@ -52,7 +52,9 @@ def as_batch(rows: list[list[np.ndarray]], time: int) -> Batch:
 
 def torch_log_probs(model, tokens):
     with torch.no_grad():
-        return torch.log_softmax(model(torch.as_tensor(tokens), use_cache=False).logits.double(), -1)
+        return torch.log_softmax(
+            model(torch.as_tensor(tokens), use_cache=False).logits.double(), -1
+        )
 
 
 def torch_leave_one_out(model, tokens) -> np.ndarray:
@@ -115,7 +117,7 @@ def test_eight_devices_give_the_scores_of_one(tiny):
 
 def test_least_important():
     scores = np.array([0.5, 0.1, 0.3, 0.2, 0.1])
-    choose = lambda keep, **fixed: selectors.least_important("x", scores, keep, 7, **fixed)  # noqa: E731
+    choose = lambda keep, **fixed: selectors.least_important("x", scores, keep, 7, **fixed)
     assert choose(3).keep == (0, 2, 3)
     assert choose(3).order == (1, 4)  # of the tie, the lower layer first
     assert choose(2, protect=(1,)).order == (4, 3, 2)

@@ -1,5 +1,6 @@
 """Optimiser, accumulation, loop, record and checkpoints: what both stages share."""
 
+import functools
 import json
 import logging
 import re
@@ -10,16 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_tiny import (
-    CFG,
-    STEPS,
-    assert_bitwise,
-    assert_close,
-    dense_params,
-    make_student,
-    random_batch,
-    set_mesh,
-)
 
 from e3jax import config, mesh
 from e3jax.errors import Diverged, UserError
@@ -30,6 +21,16 @@ from e3jax.training import optim
 from e3jax.training.checkpoint import Checkpoints, abstract, open_checkpoints
 from e3jax.training.loop import fit
 from e3jax.training.metrics import read_metrics
+from training_tiny import (
+    CFG,
+    STEPS,
+    assert_bitwise,
+    assert_close,
+    dense_params,
+    make_student,
+    random_batch,
+    set_mesh,
+)
 
 # ---------------------------------------------------------------- optimiser
 
@@ -87,7 +88,7 @@ class Weighted:
 
 
 def test_accumulation_divides_once():
-    """loss_b = weight_b * w * x_b: the gradient is the weighted mean of x, however rows are split."""
+    """loss_b = weight_b * w * x_b: the gradient is the weighted mean of x, for any split."""
     x, weight = jnp.array([1.0, 2.0, 3.0, 40.0]), jnp.array([1.0, 1.0, 1.0, 9.0])
 
     def sums(w, batch):
@@ -112,6 +113,14 @@ def test_micro_batches_leave_rows_on_their_devices():
         where = {s.device: set(np.asarray(s.data)[..., 0].ravel()) for s in x.addressable_shards}
         for shard in split.addressable_shards:
             assert set(np.asarray(shard.data)[..., 0].ravel()) == where[shard.device]
+
+
+def test_a_micro_batch_that_the_devices_cannot_share_is_told():
+    with (
+        set_mesh(1, 8, 1),
+        pytest.raises(UserError, match="a multiple of 8 that divides the batch"),
+    ):
+        optim.split_microbatches(mesh.shard_batch(np.zeros((16, 2))), 4)
 
 
 # ---------------------------------------------------------------- loop, on a toy
@@ -194,7 +203,7 @@ def test_a_kill_between_the_last_score_and_its_checkpoint(tmp_path, one_device, 
 
 def test_steps_that_are_not_finite_stop_the_run_at_patience(tmp_path, one_device):
     nan = dict.fromkeys((2, 3, 6, 7, 8), np.nan)
-    with pytest.raises(Diverged, match="3 steps in a row .* step 8: lower the learning rate"):
+    with pytest.raises(Diverged, match=r"3 steps in a row .* step 8: lower the learning rate"):
         toy_fit(tmp_path / "a", poison=nan, patience=3)
     toy_fit(tmp_path / "b", poison=nan, patience=4)
     skipped = [line["step"] for line in read_metrics(tmp_path / "b") if line.get("skipped")]
@@ -255,6 +264,7 @@ def test_a_torn_checkpoint_is_told_and_the_one_before_used(saved, caplog, what, 
     assert not caplog.text
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_torn_checkpoint_is_never_restored_wrongly(saved):
     """Whichever file is damaged, in whichever way: the right state of step 3, or that of step 2."""
     names = [p.relative_to(saved) for p in (saved / "steps" / "3").rglob("*") if p.is_file()]
@@ -319,11 +329,16 @@ def test_saving_copies_before_the_step_donates(tmp_path, one_device):
 
 def make_search():
     spec = config.Search(keep=3, steps=STEPS, batch=8, estimator="mixed")
-    step = search.make_search_step(CFG, spec, seed=0, dtype=jnp.float32, remat="none", chunk=32)
+    step, params = search_step(spec, jax.sharding.get_mesh())
     theta = np.linspace(-1, 1, CFG.num_layers).astype(np.float32)
-    params = dense_params()
     state = mesh.replicate(search.init_state(theta, spec))
     return state, lambda state, batch: step(state, params, batch), step
+
+
+@functools.cache
+def search_step(spec, _):
+    made = search.make_search_step(CFG, spec, seed=0, dtype=jnp.float32, remat="none", chunk=32)
+    return made, dense_params()
 
 
 def make_distill():
@@ -349,11 +364,11 @@ def test_six_steps_are_three_and_a_restart_and_three(tmp_path, make):
     """Bitwise on the same device; on other meshes within the rounding of float32 sums."""
     with set_mesh(1, 1, 1):
         want, step = stage_fit(tmp_path / "whole", make)
-        assert step._cache_size() == 1, "a step compiled after the first"
         for name in ("same", "other"):
             with pytest.raises(KeyboardInterrupt):
                 stage_fit(tmp_path / name, make, last=3)
         same, _ = stage_fit(tmp_path / "same", make)
+        assert step._cache_size() == 1, "a step compiled after the first"
     assert int(same.step) == STEPS
     assert_bitwise(same, want)
     with set_mesh(1, 4, 2):

@@ -58,9 +58,9 @@ def random_batch(step: int, rows: int = 8) -> decoder.Batch:
     return to_batch(gather(windows, np.arange(rows)))
 
 
-def dense_params() -> decoder.Params:
+def dense_params(cfg: ModelConfig = CFG) -> decoder.Params:
     """Random weights large enough that layers matter and predictions are not uniform."""
-    params = decoder.init_params(jax.random.key(0), CFG)
+    params = decoder.init_params(jax.random.key(0), cfg)
     named = jax.tree_util.tree_map_with_path
     return named(lambda path, w: w if "norm" in str(path[-1]) else w * 10.0, params)
 

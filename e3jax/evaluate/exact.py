@@ -73,7 +73,7 @@ def solve(
             Answer(
                 prompt=problem.prompt,
                 # A gold answer may be a whole solution (GSM8K's ends in `#### 18`).
-                expected=last_match(pattern, problem.answer) or problem.answer,
+                expected=last_match(pattern, problem.answer) or problem.answer.strip(),
                 found=last_match(pattern, text),
                 text=text,
                 ended=bool(ids) and ids[-1] in set(eos),

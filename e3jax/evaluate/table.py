@@ -16,6 +16,7 @@ from e3jax.evaluate.figures import make_figures
 from e3jax.job import Job
 from e3jax.models import decoder
 from e3jax.models.decoder import Params
+from e3jax.training.metrics import read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +65,6 @@ def measure_student(job_: Job, model: str, student: Params, mask: Any, stage: st
 
 
 def _spent(stage: pathlib.Path) -> float:
-    from e3jax.training.metrics import read_metrics
-
     return sum(line.get("tokens", 0.0) for line in read_metrics(stage))
 
 

@@ -77,6 +77,15 @@ def model_card(
     )
 
 
+def trained_card(
+    name: str, base_model: str | None = None, license_keys: Mapping[str, str] | None = None
+) -> str:
+    """README.md of a model made by plain training: from `base_model`, or from scratch."""
+    front = {"library_name": "transformers", **(license_keys or {})}
+    start = f"from {base_model}" if base_model else "from random initialisation"
+    return f"---\n{yaml.safe_dump(front)}---\n\n# {name}\n\nTrained {start} with e3jax.\n"
+
+
 CARD = """---
 {front}
 ---

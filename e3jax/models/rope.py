@@ -10,13 +10,13 @@ from e3jax.models.config import Rope
 
 
 def inverse_frequencies(rope: Rope, head_dim: int, length: jax.Array | int = 0) -> jax.Array:
-    """Angle a token of each of the H/2 planes, float32.
+    """Angle a token of each of the H/2 planes, float32 [..., H/2].
 
-    `length` is the longest position of the batch plus one; only `dynamic` looks at it.
+    length: [...], the longest position plus one; only `dynamic` looks at it.
     """
     dims = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
     if rope.kind == "dynamic":
-        length = jnp.maximum(length, rope.original_max_position).astype(jnp.float32)
+        length = jnp.maximum(length, rope.original_max_position).astype(jnp.float32)[..., None]
         stretch = rope.factor * length / rope.original_max_position - (rope.factor - 1)
         theta = rope.theta * stretch ** (head_dim / (head_dim - 2))
         return 1.0 / theta**dims
@@ -58,8 +58,12 @@ def _yarn(freqs: np.ndarray, rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def angles(positions_bt: jax.Array, rope: Rope, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, each float32 [B, T, H/2]."""
-    freqs = inverse_frequencies(rope, head_dim, jnp.max(positions_bt) + 1)
+    """cos and sin, each float32 [B, T, H/2].
+
+    A dynamic rope stretches each row by its own longest position. transformers takes the longest of
+    the batch, so that a row's result there depends on its neighbours; alone, a row is the same.
+    """
+    freqs = inverse_frequencies(rope, head_dim, jnp.max(positions_bt, axis=1, keepdims=True) + 1)
     turn = positions_bt.astype(jnp.float32)[..., None] * freqs
     return jnp.cos(turn) * rope.attention_factor, jnp.sin(turn) * rope.attention_factor
 

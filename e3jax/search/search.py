@@ -78,7 +78,7 @@ def make_theta_optimizer(spec: config.Search) -> optax.GradientTransformation:
 
 def init_state(theta_l: jax.Array, spec: config.Search) -> SearchState:
     """The state before the first step."""
-    theta = jnp.asarray(theta_l, jnp.float32)
+    theta = jnp.array(theta_l, jnp.float32)  # a copy: the step takes the state's memory
     return SearchState(
         step=jnp.int32(0),
         theta=theta,

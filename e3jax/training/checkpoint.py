@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from e3jax import files
+from e3jax import files, mesh
 from e3jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ class Checkpoints:
         Waiting for the one before keeps saves in order and lets none fail unseen.
         """
         self._orbax.wait()
-        self._orbax.save_async(step, state, force=True, overwrite=True)
+        signed = {"state": state, "checksum": checksum(state)}
+        self._orbax.save_async(step, signed, force=True, overwrite=True)
 
     def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
         """The newest checkpoint that can be read, as (step, state), or None where there is none.
@@ -50,7 +52,7 @@ class Checkpoints:
         torn: list[int] = []
         for step in sorted((c.step for c in self._orbax.checkpoints), reverse=True):
             try:
-                state = self._orbax.load(step, abstract_state)
+                state = self._load(step, abstract_state)
             except Exception as error:
                 log.warning("%s: step %d cannot be read: %s", self.folder, step, _reason(error))
                 torn.append(step)
@@ -64,6 +66,13 @@ class Checkpoints:
                 "see the reasons above, or remove that folder to start it anew"
             )
         return None
+
+    def _load(self, step: int, abstract_state: Any) -> Any:
+        number = jax.ShapeDtypeStruct((), jnp.uint32, sharding=mesh.sharding(()))
+        signed = self._orbax.load(step, {"state": abstract_state, "checksum": number})
+        if int(checksum(signed["state"])) != int(signed["checksum"]):
+            raise ValueError("the arrays are not those that were saved")
+        return signed["state"]
 
     def close(self) -> None:
         """Waits for the last save and raises what it met with."""
@@ -101,6 +110,19 @@ def check_inputs(folder: pathlib.Path, inputs: Mapping[str, Any]) -> None:
             f"{folder}: holds the work of another configuration:\n  {listed}\n"
             "choose another `out`, undo the change, or remove that folder to start it anew"
         )
+
+
+@jax.jit
+def checksum(state: Any) -> jax.Array:
+    """uint32 of all bits of a state: the same on every mesh, another when any one word is.
+
+    Orbax keeps none of its own: with a flipped bit in an array's file, the file is still read.
+    """
+    total = jnp.uint32(0)
+    for x in jax.tree.leaves(state):
+        words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        total = 31 * total + jnp.sum(words, dtype=jnp.uint32)  # modulo 2**32: in any order
+    return total
 
 
 def _reason(error: BaseException) -> str:

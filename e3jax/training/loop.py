@@ -1,5 +1,7 @@
 """The loop both stages run: prefetched batches, late metrics, checkpoints, evaluation, signals."""
 
+import contextlib
+import dataclasses
 import pathlib
 import signal
 import threading
@@ -44,81 +46,63 @@ def fit(
     Killed at any moment, the same call goes on from the last checkpoint and ends with the same
     state. SIGTERM saves a checkpoint and exits with code 143.
     """
-    first_process = jax.process_index() == 0
-    with open_checkpoints(folder / "checkpoints", inputs) as checkpoints:
-        found = checkpoints.restore(abstract(state))
-        start = 0
-        if found is not None:
-            start, state = found
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(open_checkpoints(folder / "checkpoints", inputs))
+        start, state = checkpoints.restore(abstract(state)) or (0, state)
         if start == steps:
             return state
-        metrics = Metrics(folder, name, start=start, steps=steps, write=first_process)
-        try:
-            with _terminated() as told_to_stop:
-                if start:
-                    metrics.say(f"{name}: going on from the checkpoint of step {start}")
-                state = _loop(
-                    step_fn, state, batches, start, steps, checkpoints, metrics,
-                    checkpoint_every, evaluate, evaluate_every, patience, told_to_stop,
-                )  # fmt: skip
-        finally:
-            metrics.close()
+        writes = jax.process_index() == 0
+        metrics = Metrics(folder, name, start=start, steps=steps, write=writes)
+        stack.callback(metrics.close)
+        told_to_stop = stack.enter_context(_terminated())
+        late = _Late(metrics, patience)
+        if start:
+            metrics.say(f"{name}: going on from the checkpoint of step {start}")
+
+        for step, batch in prefetch(batches, start, steps):
+            values: dict[str, Any] = {}
+            if evaluate is not None and step % evaluate_every == 0:
+                late.settle()
+                state, values = evaluate(step, state)
+            state, out = step_fn(state, mesh.shard_batch(batch))
+            late.settle()
+            late.step = (step, out, values)
+            done = step + 1
+            stop = told_to_stop.is_set()
+            if stop or done % checkpoint_every == 0 or done == steps:
+                late.settle()
+                if done == steps and evaluate is not None:
+                    state, values = evaluate(done, state)
+                    metrics.log(done, values)
+                checkpoints.save(done, state)
+            if stop:
+                metrics.say(f"told to stop: saving step {done}; the same command goes on from here")
+                raise SystemExit(128 + signal.SIGTERM)
     return state
 
 
-def _loop(
-    step_fn: Step,
-    state: Any,
-    batches: Callable[[int], Any],
-    start: int,
-    steps: int,
-    checkpoints: Any,
-    metrics: Metrics,
-    checkpoint_every: int,
-    evaluate: Evaluate | None,
-    evaluate_every: int,
-    patience: int,
-    told_to_stop: threading.Event,
-) -> Any:
-    late: tuple[int, dict[str, jax.Array], dict[str, Any]] | None = None
-    bad = 0
+@dataclasses.dataclass
+class _Late:
+    """The metrics of the last step, read when the next one runs: so nothing waits for them."""
 
-    def settle() -> None:
-        """Reads the metrics of the step before: by now they are there, and nothing waits."""
-        nonlocal late, bad
-        if late is None:
+    metrics: Metrics
+    patience: int
+    step: tuple[int, dict[str, jax.Array], dict[str, Any]] | None = None
+    bad: int = 0  # steps in a row that were not finite
+
+    def settle(self) -> None:
+        """Reads and records what there is. Raises Diverged at the last bad step of `patience`."""
+        if self.step is None:
             return
-        step, out, more = late
+        (step, out, more), self.step = self.step, None
         values = {k: float(v) for k, v in out.items()} | more
-        late = None
-        metrics.log(step, values)
-        bad = bad + 1 if values.get("skipped") else 0
-        if bad >= patience:
+        self.metrics.log(step, values)
+        self.bad = self.bad + 1 if values.get("skipped") else 0
+        if self.bad >= self.patience:
             raise Diverged(
-                f"{bad} steps in a row had a loss or gradient that is not finite, the last of them "
-                f"step {step}: lower the learning rate, lengthen the warm-up or check the data"
+                f"{self.bad} steps in a row had a loss or gradient that is not finite, the last of "
+                f"them step {step}: lower the learning rate, lengthen the warm-up or check the data"
             )
-
-    for step, batch in prefetch(batches, start, steps):
-        more: dict[str, Any] = {}
-        if evaluate is not None and step % evaluate_every == 0:
-            settle()
-            state, more = evaluate(step, state)
-        state, out = step_fn(state, mesh.shard_batch(batch))
-        settle()
-        late = (step, out, more)
-        done = step + 1
-        stop = told_to_stop.is_set()
-        if stop or done % checkpoint_every == 0 or done == steps:
-            settle()
-            if done == steps and evaluate is not None:
-                state, values = evaluate(done, state)
-                metrics.log(done, values)
-            checkpoints.save(done, state)
-        if stop:
-            metrics.say(f"told to stop: saving step {done}; the same command goes on from here")
-            raise SystemExit(128 + signal.SIGTERM)
-    return state
 
 
 class _terminated:

@@ -44,7 +44,8 @@ class Metrics:
             self._task = self._bar.add_task(name, total=steps, completed=start, text="")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Records the values of a finished step: floats, or lists of floats (JSON only).
+        """Records the values of a step, or those at the end (step = steps): floats, or lists of
+        floats (JSON only).
 
         `tokens`, if there, is the tokens of this step, for the tokens/s that are shown.
         """
@@ -55,7 +56,8 @@ class Metrics:
             if isinstance(value, int | float):
                 self._board.add_scalar(key, value, step)
         self._tokens += values.get("tokens", 0.0)
-        self._show(step, values)
+        if step < self._steps:
+            self._show(step, values)
 
     def say(self, text: str) -> None:
         """A line for the person watching, above the bar or among the plain lines."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from e3jax import config, mesh
+from e3jax.errors import UserError
 
 Tree = Any
 
@@ -56,7 +57,16 @@ def split_microbatches(batch: Tree, count: int) -> Tree:
     """[B, ...] leaves -> [count, B / count, ...]; every micro-batch takes rows of every device.
 
     Rows are dealt out with a stride, so each device's rows stay where they are.
+    Raises UserError when the devices cannot share a micro-batch evenly.
     """
+    found = mesh.current()
+    shards = 1 if found is None else mesh.axis_size(found, mesh.BATCH)
+    total = len(jax.tree.leaves(batch)[0])
+    if total % (count * shards):
+        raise UserError(
+            f"microbatch: {count} micro-batches of a batch of {total} windows cannot be shared "
+            f"evenly by {shards} devices; make it a multiple of {shards} that divides the batch"
+        )
 
     def split(x: jax.Array) -> jax.Array:
         rows = x.shape[0] // count
@@ -110,7 +120,7 @@ def update(
     If any gradient is not finite everything stays as it was, the optimiser's own count included, so
     a skipped step does not move the schedule.
     """
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm)
     updates, new_state = optimizer.update(grads, opt_state, params)
     new_params = optax.apply_updates(params, updates)

@@ -1,0 +1,294 @@
+"""The command `run` from checkpoint to export, in this process, on a tiny random model."""
+
+import importlib.util
+import json
+import logging
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from matplotlib.image import imread
+
+from e3jax import cli, files, outputs
+from e3jax.evaluate import exact
+from e3jax.hf.export import export_new
+from e3jax.models import decoder
+from e3jax.models.config import ModelConfig
+from e3jax.report import plots
+from e3jax.training import loop
+from e3jax.training.metrics import read_metrics
+
+CFG = ModelConfig(
+    family="qwen2", num_layers=4, width=32, mlp_width=48, num_heads=4, num_kv_heads=2, head_dim=8,
+    vocab_size=96, max_position=256, norm_eps=1e-6, tied=True, windows=(None,) * 4, qkv_bias=True,
+)  # fmt: skip
+SETTINGS = """
+out: {out}
+model: {{path: {model}, dtype: float32, remat: none}}
+data:
+  train: [{{path: demo/train.jsonl.gz, rows: ["0:60"]}}]
+  held_out: [{{path: demo/train.jsonl.gz, rows: ["60:80"]}}]
+  test: [{{path: demo/test.jsonl, rows: ["0:6"]}}]
+  window: 96
+  decontaminate: []
+  cache: {cache}
+search: {{keep: 2, steps: 4, batch: 8, init_windows: 8, score_every: 2, score_windows: 8}}
+distill: {{steps: 3, batch: 8, evaluate_every: 2, optimizer: {{lr: 1.0e-3}}}}
+evaluate: {{batch: 8, max_new_tokens: 8}}
+"""
+ROWS = ["dense", "e3 raw", "e3 recovered", "shortgpt raw", "shortgpt recovered"]
+
+
+def command(place: pathlib.Path, name: str, *overrides: str) -> int:
+    return cli.main([name, "--config", str(place / "run.yaml"), *overrides])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a random checkpoint, a configuration and, in out/, the finished run."""
+    place = tmp_path_factory.mktemp("job")
+    params = decoder.init_params(jax.random.key(0), CFG)
+    params = jax.tree.map(lambda w: w * 4 if w.ndim > 2 else w, params)
+    tokenizer = files.bundled("demo/model")
+    export_new(params, CFG, tokenizer, place / "model", card="", bos=1, eos=2, pad=0)
+    (place / "model" / "README.md").write_text("---\nlicense: mit\n---\n# tiny\n")
+    parts = {"out": place / "out", "model": place / "model", "cache": place / "cache"}
+    (place / "run.yaml").write_text(SETTINGS.format(**parts))
+    assert command(place, "run", "export.raw=true") == 0
+    return place
+
+
+@pytest.fixture
+def copy(place, tmp_path):
+    """The finished run again, to be changed."""
+    shutil.copytree(place / "out", tmp_path / "out")
+    return tmp_path / "out"
+
+
+def told(caplog) -> str:
+    return "\n".join(record.getMessage() for record in caplog.records)
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Whatever trains, scores or generates raises."""
+
+    def fail(*_, **__):
+        raise AssertionError("work was done again")
+
+    monkeypatch.setattr(loop, "_loop", fail)
+    monkeypatch.setattr(exact, "generate", fail)
+    monkeypatch.setattr("e3jax.evaluate.table.make_figures", fail)
+    monkeypatch.setattr("e3jax.search.selectors.block_influence", fail)
+    monkeypatch.setattr("e3jax.search.selectors.leave_one_out_kl", fail)
+
+
+# ---------------------------------------------------------------- the whole job
+
+
+def test_mask_and_record(place):
+    mask = files.read_json(place / "out" / "search" / "mask.json")
+    assert len(mask["keep"]) == 2 and sorted(mask["keep"] + mask["order"]) == [0, 1, 2, 3]
+    assert mask["checkpoint"] == files.checkpoint_hash(place / "model")
+    assert [line["step"] for line in read_metrics(place / "out" / "distill")] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["export", "export-raw"])
+def test_transformers_loads_the_export(place, name):
+    out = place / "out" / name
+    keep = files.read_json(place / "out" / "search" / "mask.json")["keep"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert type(model).__name__ == "Qwen2ForCausalLM"
+    assert model.config.num_hidden_layers == len(model.model.layers) == 2
+    assert len(model.config.layer_types) == 2
+    dense = transformers.AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    for ours, layer in zip(model.model.layers, keep, strict=True):
+        same = torch.equal(ours.mlp.up_proj.weight, dense.model.layers[layer].mlp.up_proj.weight)
+        assert same == (name == "export-raw")  # the other one was trained
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / file).read_bytes() == (place / "model" / file).read_bytes()
+
+
+def test_model_card(place):
+    keep = files.read_json(place / "out" / "search" / "mask.json")["keep"]
+    card = (place / "out" / "export" / "README.md").read_text()
+    assert f"kept layers (of the base model, counted from 0): {keep[0]}, {keep[1]}" in card
+    assert "license: mit" in card and "recovered by entropy-aware distillation" in card
+    assert all(name in card for name in ROWS)
+    assert "not trained since" in (place / "out" / "export-raw" / "README.md").read_text()
+
+
+def test_table(place):
+    rows = files.read_json(place / "out" / "evaluate" / "results.json")
+    assert [row["model"] for row in rows] == ROWS
+    assert [row["layers"] for row in rows] == [4, 2, 2, 2, 2]
+    by_name = {row["model"]: row for row in rows}
+    assert (by_name["dense"]["kl"], by_name["dense"]["agreement"]) == (pytest.approx(0, abs=1e-6), 1)
+    assert by_name["dense"]["tokens"] == 0 < by_name["e3 raw"]["tokens"]
+    spent = sum(line.get("tokens", 0) for line in read_metrics(place / "out" / "distill"))
+    assert by_name["e3 recovered"]["tokens"] == by_name["e3 raw"]["tokens"] + spent
+    for row in rows:
+        assert row["parameters"] == decoder.count_params(CFG.take_layers(range(row["layers"])))
+        assert np.isfinite(row["perplexity"]) and row["problems"] == 6
+    answers = (place / "out" / "evaluate" / "e3-recovered.answers.jsonl").read_text().splitlines()
+    correct = [json.loads(line)["correct"] for line in answers]
+    assert by_name["e3 recovered"]["exact_match"] == sum(correct) / 6
+
+
+def test_removal_curve_begins_at_the_dense_model(place):
+    curve = files.read_json(place / "out" / "evaluate" / "removal.json")["curve"]
+    rows = files.read_json(place / "out" / "evaluate" / "results.json")
+    assert [point["removed"] for point in curve] == [0, 1, 2]
+    assert curve[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert curve[-1]["kl"] == pytest.approx(rows[1]["kl"], rel=1e-4)  # e3 raw
+
+
+def test_pictures(place):
+    names = {path.name for path in (place / "out" / "plots").iterdir()}
+    assert names == {
+        "kept-layers.png", "search.png", "importance.png", "removal.png", "distillation.png",
+    }  # fmt: skip
+    for name in names:
+        assert_drawn(place / "out" / "plots" / name)
+
+
+def test_the_same_command_again_does_nothing(place, no_work, capsys, caplog):
+    before = {p: p.stat().st_mtime_ns for p in (place / "out" / "export").iterdir()}
+    with caplog.at_level(logging.INFO):
+        assert command(place, "run", "export.raw=true") == 0
+    assert told(caplog).count("is there already, from the same model") == 2
+    assert all(name in capsys.readouterr().out for name in ROWS)
+    assert before == {p: p.stat().st_mtime_ns for p in (place / "out" / "export").iterdir()}
+
+
+def test_another_configuration_is_refused(place, no_work, capsys):
+    assert command(place, "distill", "distill.steps=4") == 2
+    assert "recipe.steps: 3 -> 4" in capsys.readouterr().err
+    assert command(place, "export", "export.dtype=bfloat16") == 2
+    assert "dtype_out: 'source' -> 'bfloat16'" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the export's verification
+
+
+def test_failed_verification_leaves_nothing(copy, place, monkeypatch, capsys):
+    shutil.rmtree(copy / "export")
+    monkeypatch.setattr(outputs, "TOLERANCE", 0.0)
+    before = sorted(path.name for path in copy.iterdir())
+    assert command(place, "export", f"out={copy}") == 2
+    error = capsys.readouterr().err
+    assert f"{copy / 'export'}: logits differ from transformers" in error
+    assert "nothing was exported" in error
+    assert sorted(path.name for path in copy.iterdir()) == before
+
+
+def test_greedy_answers_are_compared(copy, place, monkeypatch, capsys):
+    shutil.rmtree(copy / "export")
+    other = lambda greedy, params, prompts, batch: ([5] for _ in prompts)
+    monkeypatch.setattr(outputs, "generate", other)
+    assert command(place, "export", f"out={copy}") == 2
+    assert "a greedy answer of transformers differs from ours" in capsys.readouterr().err
+    assert not (copy / "export").exists()
+
+
+def test_without_torch_the_check_is_skipped_and_said(copy, place, monkeypatch, caplog):
+    shutil.rmtree(copy / "export")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else find(name, *rest)
+    )
+    with caplog.at_level(logging.INFO):
+        assert command(place, "export", f"out={copy}") == 0
+    assert "the check through transformers was skipped" in told(caplog)
+    assert f"`pip install torch`, remove {copy / 'export'}" in told(caplog)
+    assert "against its own read-back" in told(caplog)
+    assert "against transformers" not in told(caplog)
+    assert (copy / "export" / "model.safetensors").exists()
+
+
+def test_a_model_too_large_for_the_host_is_not_checked(copy, place, monkeypatch, caplog):
+    shutil.rmtree(copy / "export")
+    monkeypatch.setattr(outputs, "_host_memory", lambda: 100_000)
+    with caplog.at_level(logging.INFO):
+        assert command(place, "export", f"out={copy}") == 0
+    assert "host memory and there are" in told(caplog) and "on a larger host" in told(caplog)
+    assert "against transformers" not in told(caplog)
+
+
+def test_an_export_killed_before_its_name_is_made_again(copy, place):
+    """What is there under the final name is whole; so a run goes on from any moment."""
+    (copy / "export").rename(copy / ".export.partial-00000000")
+    assert command(place, "export", f"out={copy}") == 0
+    assert (copy / "export" / outputs.RECORD).exists()
+    assert not list(copy.glob(".export*"))
+
+
+# ---------------------------------------------------------------- other ways through
+
+
+def test_distillation_from_a_teacher_cache(copy, place, monkeypatch, caplog):
+    """The student is trained from the stored teacher, written once and used by the baseline too."""
+    for name in ("distill", "shortgpt", "export", "evaluate"):
+        shutil.rmtree(copy / name)
+    again = ["distill.teacher=cache", "distill.top_k=4", f"out={copy}"]
+    with caplog.at_level(logging.INFO):
+        assert command(place, "evaluate", *again) == 0
+    assert told(caplog).count("teacher cache: ") == 2  # its size beforehand, its mass after
+    rows = files.read_json(copy / "evaluate" / "results.json")
+    assert all(np.isfinite([row["kl"], row["perplexity"]]).all() for row in rows)
+    train = read_metrics(copy / "distill")
+    assert all(np.isfinite(line["loss"]) for line in train if "loss" in line)
+    online = read_metrics(place / "out" / "distill")
+    assert train[0]["nll"] == pytest.approx(online[0]["nll"], rel=1e-5)  # the same first batch
+    assert train[0]["loss"] != online[0]["loss"]
+
+    shutil.rmtree(copy / "distill")
+    monkeypatch.setattr("e3jax.data.teacher.TeacherCache.write", None)
+    assert command(place, "distill", *again) == 0
+    assert [x["loss"] for x in read_metrics(copy / "distill") if "loss" in x] == [
+        x["loss"] for x in train if "loss" in x
+    ]
+
+
+def test_train_from_a_checkpoint_and_from_scratch(place, tmp_path):
+    steps = "train.recipe={teacher: none, weight: uniform, ce: 1.0, steps: 2, batch: 8}"
+    assert command(place, "train", steps, f"out={tmp_path / 'on'}") == 0
+    on = tmp_path / "on" / "export"
+    config = json.loads((on / "config.json").read_text())
+    assert config == json.loads((place / "model" / "config.json").read_text())
+    assert "license: mit" in (on / "README.md").read_text()
+    scratch = [f"train.config={place}/model/config.json", f"train.tokenizer={place}/model"]
+    assert command(place, "train", steps, *scratch, f"out={tmp_path / 'new'}") == 0
+    new = tmp_path / "new" / "export"
+    assert transformers.AutoModelForCausalLM.from_pretrained(new).config.eos_token_id == 2
+    assert "from random initialisation" in (new / "README.md").read_text()
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def assert_drawn(path):
+    """A PNG in which something is: several colours, and not only at the rim."""
+    pixels = imread(path)[..., :3]
+    inner = pixels[60:-60, 60:-60].reshape(-1, 3)
+    assert len(np.unique((inner * 255).round(), axis=0)) > 20
+
+
+@pytest.mark.parametrize("layers", [2, 12, 80])
+def test_heat_map_of_any_depth(tmp_path, layers):
+    probability = np.random.default_rng(0).random((4, layers))
+    keep = range(0, layers, 2)
+    plots.kept_layers(tmp_path / "map.png", [0, 10, 20, 30], probability, keep)
+    plots.importance(tmp_path / "kl.png", np.linspace(0, 1, layers), keep)
+    assert_drawn(tmp_path / "map.png")
+    assert_drawn(tmp_path / "kl.png")
+
+
+def test_curves_leave_out_what_has_no_place(tmp_path):
+    series = {"a": ([0, 1, 2], [1.0, float("nan"), 0.1]), "b": ([0, 1], [0.0, -1.0]), "c": ([], [])}
+    plots.curves(tmp_path / "c.png", series, xlabel="x", ylabel="y", title="t")
+    assert_drawn(tmp_path / "c.png")

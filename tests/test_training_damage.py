@@ -1,0 +1,102 @@
+"""What happens around a run: damaged disks, other users of the files, slow ends."""
+
+import logging
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from e3jax import files, mesh
+from e3jax.training import metrics
+from e3jax.training.checkpoint import abstract, checksum, open_checkpoints
+from e3jax.training.metrics import Metrics, read_metrics
+from training_tiny import assert_bitwise, set_mesh
+
+
+def numbers(step):
+    """Random bits, which no compression shortens: most bytes on disk are theirs."""
+    values = np.random.default_rng(0).normal(size=5000).astype(np.float32)
+    return {"x": jnp.asarray(values) * step, "n": {"count": jnp.int32(step)}}
+
+
+def restore(folder):
+    with open_checkpoints(folder, {}) as checkpoints:
+        return checkpoints.restore(abstract(numbers(0)))
+
+
+@pytest.fixture
+def saved(tmp_path, one_device):
+    with open_checkpoints(tmp_path / "c", {}) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, numbers(step))
+    return tmp_path / "c"
+
+
+def flip(data, place):
+    data[place] ^= 0x10
+
+
+def blank(data, place):
+    data[place : place + 4096] = bytes(4096)
+
+
+@pytest.mark.parametrize("damage", [flip, blank])
+def test_damage_inside_the_arrays_is_noticed(saved, caplog, damage):
+    """Orbax itself reads a file with a flipped bit without complaint."""
+    path = max((p for p in saved.glob("steps/2/**/*") if p.is_file()), key=os.path.getsize)
+    data = bytearray(path.read_bytes())
+    damage(data, len(data) // 2)
+    path.write_bytes(data)
+    step, state = restore(saved)
+    assert step == 1
+    assert_bitwise(state, numbers(1))
+    assert "step 2 cannot be read: " in caplog.text
+    if damage is flip:
+        assert "ValueError: the arrays are not those that were saved" in caplog.text
+
+
+def test_checksum_is_of_every_bit_and_of_no_mesh():
+    rng = np.random.default_rng(0)
+    tree = {
+        "a": rng.normal(size=(8, 6)).astype(np.float32),
+        "b": np.zeros((4, 4), jnp.bfloat16),
+        "step": np.array(7, np.int32),
+    }
+    found = set()
+    for shape in ((1, 1, 1), (1, 8, 1), (2, 2, 2)):
+        with set_mesh(*shape):
+            a = jax.device_put(tree["a"], mesh.sharding(("embed", "mlp"), tree["a"].shape))
+            found.add(int(checksum({**mesh.replicate(tree), "a": a})))
+    assert found == {int(checksum(tree))}
+
+    for name in tree:
+        changed = {**tree, name: tree[name].copy()}
+        changed[name].reshape(-1).view(np.uint8)[0] ^= 1
+        found.add(int(checksum(changed)))
+    found.add(int(checksum({**tree, "b": -tree["b"]})))  # the sign of zero
+    found.add(int(checksum({**tree, "a": np.full_like(tree["a"], np.nan)})))
+    assert len(found) == 6
+
+
+def test_a_slow_last_evaluation_is_no_further_step(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(metrics, "TELL_EVERY_S", -1.0)
+    record = Metrics(tmp_path, "toy", start=0, steps=2)
+    with caplog.at_level(logging.INFO):
+        for step in range(2):
+            record.log(step, {"loss": 1.0, "tokens": 8.0})
+        record.log(2, {"held_out_kl": 0.5})
+    record.close()
+    told = [line.getMessage().split()[1] for line in caplog.records]
+    assert told == ["1/2", "2/2"]
+    assert read_metrics(tmp_path)[-1] == {"step": 2, "held_out_kl": 0.5}
+
+
+def test_files_are_as_readable_as_the_user_has_it(tmp_path):
+    old = os.umask(0o027)
+    try:
+        files.write_json(tmp_path / "mask.json", 1)
+    finally:
+        os.umask(old)
+    assert (tmp_path / "mask.json").stat().st_mode & 0o777 == 0o640
