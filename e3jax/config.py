@@ -222,11 +222,9 @@ class Distill:
         if self.batch % (self.microbatch or 1):
             raise ValueError(f"microbatch={self.microbatch} does not divide batch={self.batch}")
         if (
-            self.teacher == "cache"
-            and self.weight in ("student", "joint")
-            and self.tail != "bucket"
+            self.teacher == "cache" and self.divergence != "forward_kl" and self.tail != "bucket"
         ):
-            raise ValueError(f"weight={self.weight} with a cached teacher needs tail=bucket")
+            raise ValueError(f"divergence={self.divergence} with a cached teacher needs tail=bucket")
         return self
 
 

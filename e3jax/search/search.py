@@ -21,6 +21,7 @@ from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Batch, Params
 from e3jax.search import gumbel
+from e3jax.training import optim
 
 
 @flax.struct.dataclass
@@ -96,7 +97,7 @@ def make_search_step(
     """A jitted (state, params, batch) -> (state, metrics) of one search step.
 
     Metrics are float32 scalars: loss (nats a token of the masked models), removed (layers), tau,
-    grad_norm, tokens (processed by masked models).
+    grad_norm, tokens (processed by masked models), skipped (1: not finite, nothing moved).
     """
     keep = resolve_keep(spec.keep, cfg.num_layers)
     protect, force = fixed_layers(spec, cfg.num_layers)
@@ -148,15 +149,18 @@ def make_search_step(
             grad = gumbel.score_gradient(state.theta, draw, advantage)
             if spec.estimator == "mixed":
                 grad = grad + through * _norm(grad) / jnp.maximum(_norm(through), 1e-12)
-        updates, opt_state = optimizer.update(grad, state.opt_state, state.theta)
-        theta = optax.apply_updates(state.theta, updates)
+        theta, opt_state, norm, finite = optim.update(
+            optimizer, grad, state.opt_state, state.theta
+        )
+        gate_scale = jnp.where(finite, gate_scale, state.gate_scale)
         tokens = jnp.sum(batch.segments > 0).astype(jnp.float32)
         metrics = {
             "loss": loss,
             "removed": (cfg.num_layers - k).astype(jnp.float32),
             "tau": tau,
-            "grad_norm": _norm(grad),
+            "grad_norm": norm,
             "tokens": tokens,
+            "skipped": 1.0 - finite,
         }
         state = state.replace(
             step=state.step + 1,
