@@ -140,10 +140,9 @@ def test_layer_ids_follow_the_order_given():
 
 
 def test_observe_sees_the_residual_stream_around_every_layer():
-    params, batch = hot_params(), packed_batch(rows=2)
+    params, batch = jax.tree.map(jnp.asarray, hot_params()), packed_batch(rows=2)
     stats = lambda before, after: {"before": before, "after": after}
-    whole = jax.jit(lambda params: decoder.hidden(params, batch, CFG, dtype=jnp.float32, observe=stats))
-    h, seen = whole(params)
+    h, seen = decoder.hidden(params, batch, CFG, dtype=jnp.float32, observe=stats)
     assert seen["before"].shape == (4, 2, T, CFG.width)
     np.testing.assert_array_equal(seen["before"][0], params["embed"][batch.tokens])
     np.testing.assert_array_equal(seen["before"][1:], seen["after"][:-1])
@@ -201,21 +200,13 @@ def test_init_scale():
 # ---------------------------------------------------------------- meshes
 
 
-def distillation_loss(params, batch, cfg, dtype=jnp.float32):
-    """A little of everything: the student's loss against a teacher of the same weights."""
-    frozen = jax.lax.stop_gradient(params)
-    teacher = decoder.hidden(frozen, batch, cfg, dtype=dtype)
-    gates = jnp.where(jnp.arange(cfg.num_layers) % 2 == 0, 1.0, 0.0)
-    gates = jnp.broadcast_to(gates, (batch.tokens.shape[0], cfg.num_layers))
-    h = decoder.hidden(params, batch, cfg, dtype=dtype, gates_bl=gates)
-    sums = losses.token_sums(
-        h,
-        decoder.head(params, cfg),
-        batch.targets,
-        batch.mask,
-        losses.Online(teacher, decoder.head(frozen, cfg)),
-        losses.Objective(chunk=64, ce=0.5),
-    )
+def pod_loss(params, gates, batch, cfg):
+    """Masked student against a teacher of the same weights, as the stages do it."""
+    teacher = decoder.hidden(params, batch, cfg, dtype=jnp.bfloat16)
+    h = decoder.hidden(params, batch, cfg, dtype=jnp.bfloat16, gates_bl=gates)
+    head = decoder.head(params, cfg)
+    online = losses.Online(jax.lax.stop_gradient(teacher), jax.lax.stop_gradient(head))
+    sums = losses.token_sums(h, head, batch.targets, batch.mask, online, losses.Objective())
     return jnp.sum(sums.loss) / jnp.sum(sums.tokens)
 
 
@@ -294,11 +285,14 @@ def test_published_models_type_check_on_a_pod(shared):
         checked.add(shape)
         with jax.sharding.use_abstract_mesh(pod):
             params = decoder.abstract_params(cfg, jnp.bfloat16)
-            place = mesh.sharding(("batch", None))
-            ints = [jax.ShapeDtypeStruct((64, 32), jnp.int32, sharding=place)] * 4
-            mask = jax.ShapeDtypeStruct((64, 32), bool, sharding=place)
-            loss = functools.partial(distillation_loss, cfg=cfg, dtype=jnp.bfloat16)
-            grads = jax.eval_shape(jax.grad(loss), params, decoder.Batch(*ints, mask))
+            rows = lambda dtype, width: jax.ShapeDtypeStruct(
+                (64, width), dtype, sharding=mesh.sharding(("batch", None))
+            )
+            batch = decoder.Batch(*[rows(jnp.int32, 32)] * 4, rows(bool, 32))
+            gates = rows(jnp.float32, cfg.num_layers)
+            grad = jax.grad(functools.partial(pod_loss, cfg=cfg), argnums=(0, 1))
+            grads, gate_grads = jax.eval_shape(grad, params, gates, batch)
+        assert gate_grads.sharding.spec == gates.sharding.spec
         for g, w in zip(jax.tree.leaves(grads), jax.tree.leaves(params)):
             assert (g.shape, g.sharding.spec) == (w.shape, w.sharding.spec)
     assert {cfg.family for cfg in checked} >= {"llama", "qwen2", "qwen3"} and len(checked) > 10

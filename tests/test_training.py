@@ -303,10 +303,11 @@ def test_what_a_killed_save_left_is_ignored(saved):
 def test_a_failed_background_save_stops_the_run(tmp_path, one_device):
     """The folder becomes a file while the run goes on: the next save raises, or the end does."""
 
-    def replace(step, state):
-        if step == 8:
-            shutil.rmtree(tmp_path / "checkpoints" / "steps")
-            (tmp_path / "checkpoints" / "steps").write_text("")
+    def replace(number, state):
+        if number == 8:
+            steps = tmp_path / "checkpoints" / "steps"
+            steps.rename(tmp_path / "gone")  # at once: the save of step 8 may still be writing
+            steps.write_text("")
         return state, {}
 
     with pytest.raises(Exception, match=r"checkpoints/steps"):
