@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from e3jax import config, files, job, mesh
-from e3jax.data.teacher import TeacherCache, estimate_bytes, open_cache
+from e3jax.data.teacher import TeacherCache, open_cache
 from e3jax.data.windows import Windows
 from e3jax.distill import distill, losses
 from e3jax.errors import UserError
@@ -348,8 +348,6 @@ def write_teacher_cache(job_: Job) -> TeacherCache:
     facts = (windows, recipe.top_k, recipe.temperature, job_.identity)
     with contextlib.suppress(UserError):
         return open_cache(folder, *facts)
-    size = estimate_bytes(windows.tokens.size, recipe.top_k)
-    log.info("teacher cache: %.3g GB before compression, in %s", size / 1e9, folder)
     cache = TeacherCache.create(folder, *facts)
 
     @jax.jit

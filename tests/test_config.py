@@ -96,10 +96,12 @@ def test_all_mistakes_are_told_at_once(tmp_path):
     assert all(key in message for key in ("search.steps", "data.window", "did you mean model?"))
 
 
-def test_student_entropy_from_a_cache_needs_the_tail(tmp_path):
-    wrong = ("distill.teacher=cache", "distill.weight=joint", "distill.tail=drop")
+def test_other_divergences_from_a_cache_need_the_tail(tmp_path):
+    cached = ("distill.teacher=cache", "distill.tail=drop")
+    wrong = (*cached, "distill.divergence=reverse_kl")
     assert "tail=bucket" in refused(tmp_path, *wrong)
-    assert load(tmp_path, overrides=wrong[:2]).distill.weight == "joint"
+    assert load(tmp_path, overrides=cached).distill.tail == "drop"
+    assert load(tmp_path, overrides=(*wrong, "distill.tail=bucket")).distill.top_k == 10
 
 
 def test_overrides(tmp_path):

@@ -53,12 +53,15 @@ def random_prompts(lengths=LENGTHS, vocab=96):
 
 
 def theirs(folder, prompts, new=NEW, eos=None):
-    """transformers' greedy continuations, one prompt at a time."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    """transformers' greedy continuations, one prompt at a time.
+
+    Each by a model of its own: a dynamic rope there remembers the longest row it ever saw.
+    """
     answers = []
     for prompt in prompts:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
         ids = torch.tensor([prompt])
         with torch.no_grad():
             out = model.generate(
@@ -95,7 +98,7 @@ def test_answers_are_those_of_transformers(tmp_path, family, changes):
     folder = save_tiny(tmp_path, family, **changes)
     prompts = random_prompts()
     expected = theirs(folder, prompts)
-    assert len(set(expected[0])) > 4 and len(set(map(tuple, expected))) == len(prompts)
+    assert len(set(sum(expected, []))) > 8 and len(set(map(tuple, expected))) == len(prompts)
     assert ours(folder, prompts) == expected
 
 

