@@ -161,7 +161,8 @@ def test_the_same_command_again_does_nothing(place, no_work, capsys, caplog):
     with caplog.at_level(logging.INFO):
         assert command(place, "run", "export.raw=true") == 0
     assert told(caplog).count("is there already, from the same model") == 2
-    assert all(name in capsys.readouterr().out for name in ROWS)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ROWS)
     assert before == {p: p.stat().st_mtime_ns for p in (place / "out" / "export").iterdir()}
 
 
