@@ -221,10 +221,10 @@ class Distill:
     def _consistent(self) -> "Distill":
         if self.batch % (self.microbatch or 1):
             raise ValueError(f"microbatch={self.microbatch} does not divide batch={self.batch}")
-        if (
-            self.teacher == "cache" and self.divergence != "forward_kl" and self.tail != "bucket"
-        ):
-            raise ValueError(f"divergence={self.divergence} with a cached teacher needs tail=bucket")
+        if self.teacher == "cache" and self.divergence != "forward_kl" and self.tail != "bucket":
+            raise ValueError(
+                f"divergence={self.divergence} with a cached teacher needs tail=bucket"
+            )
         return self
 
 

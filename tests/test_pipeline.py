@@ -127,7 +127,10 @@ def test_table(place):
     assert [row["model"] for row in rows] == ROWS
     assert [row["layers"] for row in rows] == [4, 2, 2, 2, 2]
     by_name = {row["model"]: row for row in rows}
-    assert (by_name["dense"]["kl"], by_name["dense"]["agreement"]) == (pytest.approx(0, abs=1e-6), 1)
+    assert (by_name["dense"]["kl"], by_name["dense"]["agreement"]) == (
+        pytest.approx(0, abs=1e-6),
+        1,
+    )
     assert by_name["dense"]["tokens"] == 0 < by_name["e3 raw"]["tokens"]
     spent = sum(line.get("tokens", 0) for line in read_metrics(place / "out" / "distill"))
     assert by_name["e3 recovered"]["tokens"] == by_name["e3 raw"]["tokens"] + spent
@@ -200,7 +203,9 @@ def test_without_torch_the_check_is_skipped_and_said(copy, place, monkeypatch, c
     shutil.rmtree(copy / "export")
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else find(name, *rest)
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "torch" else find(name, *rest),
     )
     with caplog.at_level(logging.INFO):
         assert command(place, "export", f"out={copy}") == 0

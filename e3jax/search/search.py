@@ -149,9 +149,7 @@ def make_search_step(
             grad = gumbel.score_gradient(state.theta, draw, advantage)
             if spec.estimator == "mixed":
                 grad = grad + through * _norm(grad) / jnp.maximum(_norm(through), 1e-12)
-        theta, opt_state, norm, finite = optim.update(
-            optimizer, grad, state.opt_state, state.theta
-        )
+        theta, opt_state, norm, finite = optim.update(optimizer, grad, state.opt_state, state.theta)
         gate_scale = jnp.where(finite, gate_scale, state.gate_scale)
         tokens = jnp.sum(batch.segments > 0).astype(jnp.float32)
         metrics = {
