@@ -158,6 +158,7 @@ class Search:
         default=20, ge=1, description="steps between held-out scores of the current answer"
     )
     score_windows: int = Field(default=16, ge=1, description="held-out windows a score")
+    swaps: int = Field(default=0, ge=0, description="exchanges of two layers tried at the end")
     checkpoint_every: int = Field(default=50, ge=1, description="steps between checkpoints")
 
     @pydantic.model_validator(mode="after")

@@ -57,7 +57,7 @@ def make_plan(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Plan:
         if search.init == "kl"
         else 0,
         search_tokens=search.steps * search.batch * window,
-        scoring_tokens=scores * search.score_windows * window,
+        scoring_tokens=(scores + search.swaps) * search.score_windows * window,
         distill_tokens=distill_tokens,
         teacher_cache_bytes=cache_bytes(distill_tokens, distill.top_k)
         if distill.teacher == "cache"

@@ -143,7 +143,15 @@ def search_mask(job_: Job) -> Mask:
         evaluate=score,
         evaluate_every=spec.score_every,
     )
-    best = np.asarray(state.best_theta)
+    best, best_kl, tried = search.refine(
+        np.asarray(state.best_theta),
+        float(state.best_kl),
+        lambda kept: figures(job_.params, job_.params, held_out, np.flatnonzero(kept)).kl,
+        keep=keep,
+        protect_l=protect,
+        force_l=force,
+        tries=spec.swaps,
+    )
     kept = gumbel.answer(best, keep, protect, force)
     order = sorted(
         np.flatnonzero(~kept).tolist(), key=lambda layer: (not force[layer], best[layer])
@@ -154,8 +162,8 @@ def search_mask(job_: Job) -> Mask:
         keep=tuple(np.flatnonzero(kept).tolist()),
         order=tuple(order),
         scores=tuple(best.tolist()),
-        kl=float(state.best_kl),
-        tokens=int(state.tokens) + spent,
+        kl=best_kl,
+        tokens=int(state.tokens) + int(tried * held_tokens) + spent,
         seed=run.seed,
         checkpoint=job_.identity,
         config=files.fingerprint(inputs),

@@ -104,12 +104,13 @@ def test_what_the_configuration_changes(small):
     run, cfg = small
     run = dataclasses.replace(
         run,
-        search=dataclasses.replace(run.search, init="zeros"),
+        search=dataclasses.replace(run.search, init="zeros", swaps=2),
         distill=dataclasses.replace(run.distill, teacher="cache"),
         export=dataclasses.replace(run.export, dtype="float32"),
     )
     found = plan.make_plan(run, cfg, "bfloat16")
     assert found.importance_tokens == 0
+    assert found.scoring_tokens == (4 + 2) * 7 * 100
     assert found.teacher_cache_bytes == 1200 * (4 * (4 + 2) + 8)
     assert found.export_bytes == 4 * found.params_after
 

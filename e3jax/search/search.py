@@ -187,3 +187,47 @@ def _normalise(
     mean_square = 0.9 * scale_l**2 + 0.1 * grad_l**2
     corrected = jnp.sqrt(mean_square / (1 - 0.9 ** (step + 1.0)))
     return grad_l / jnp.maximum(corrected, 1e-12), jnp.sqrt(mean_square)
+
+
+def refine(
+    theta_l: np.ndarray,
+    kl: float,
+    score: Callable[[np.ndarray], float],
+    *,
+    keep: int,
+    protect_l: np.ndarray,
+    force_l: np.ndarray,
+    tries: int,
+) -> tuple[np.ndarray, float, int]:
+    """Local search around the answer of theta: (theta, its KL, answers scored). Not the paper's.
+
+    Exchanges one kept and one removed layer, those nearest in theta first, as the search is least
+    sure of them. An exchange that lowers `score` (KL of a bool [L] mask of kept layers, nats a
+    token) stays, and theta's two entries change places, so that the answer is still its TopK. Ends
+    after `tries` answers, or where no exchange helps.
+    """
+    theta, used = np.array(theta_l), 0
+    known = {gumbel.answer(theta, keep, protect_l, force_l).tobytes()}
+    better = True
+    while better:
+        better = False
+        kept = gumbel.answer(theta, keep, protect_l, force_l)
+        pairs = [
+            (i, j)
+            for i in np.flatnonzero(kept & ~protect_l)
+            for j in np.flatnonzero(~kept & ~force_l)
+        ]
+        for i, j in sorted(pairs, key=lambda pair: theta[pair[0]] - theta[pair[1]]):
+            trial = kept.copy()
+            trial[[i, j]] = False, True
+            if trial.tobytes() in known:
+                continue
+            if used == tries:
+                return theta, kl, used
+            known.add(trial.tobytes())
+            used += 1
+            if (found := score(trial)) < kl:
+                kl, better = found, True
+                theta[[i, j]] = theta[[j, i]]
+                break
+    return theta, kl, used
