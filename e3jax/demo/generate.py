@@ -3,9 +3,10 @@
 A problem defines variables in shuffled order, some of them not needed, and asks for one:
 
     prompt      oak = fig * 3 ; elk = oak + fig ; fig = 7 ; bee = fig - 2 ; elk ?
-    completion  fig = 7 ; oak = 7 * 3 = 2 ; elk = 2 + 7 = 9 ; answer : 9
+    completion  fig = 7 ; oak = fig * 3 = 7 * 3 = 2 ; elk = oak + fig = 2 + 7 = 9 ; answer : 9
 
-The solution works out just what is needed, in order of dependency. Problems whose prompt hashes to
+The solution works out just what is needed, in order of dependency: the definition, its values, the
+result. Problems whose prompt hashes to
 0 modulo 64 are test problems, all others train: the two never meet, whatever the seeds.
 
     python -m e3jax.demo.generate --rows 8000 --seed 1 --split train --out train.jsonl.gz
@@ -39,9 +40,9 @@ TEST_SHARE = 64  # one problem in so many is a test problem
 BLOCK = 10_000  # rows of one random stream, the unit of work of a process
 
 
-def problem(rng: random.Random, most: int = 8) -> dict[str, str]:
-    """One problem of 5 to `most` definitions: prompt, completion, answer."""
-    names = rng.sample(WORDS, rng.randint(5, most))
+def problem(rng: random.Random, most: int = 7) -> dict[str, str]:
+    """One problem of 4 to `most` definitions: prompt, completion, answer."""
+    names = rng.sample(WORDS, rng.randint(4, most))
     values: dict[str, int] = {}
     definitions: dict[str, str] = {}
     solutions: dict[str, str] = {}
@@ -62,7 +63,8 @@ def problem(rng: random.Random, most: int = 8) -> dict[str, str]:
             right, needs[name] = str(second), needs[left] | {name}
         values[name] = OPERATORS[sign](values[left], second) % MODULUS
         definitions[name] = f"{name} = {left} {sign} {right}"
-        solutions[name] = f"{name} = {values[left]} {sign} {second} = {values[name]}"
+        worked = f"{values[left]} {sign} {second} = {values[name]}"
+        solutions[name] = f"{definitions[name]} = {worked}"
     asked = names[-rng.randint(1, 3)]
     shuffled = rng.sample(names, len(names))
     prompt = " ; ".join(definitions[n] for n in shuffled) + f" ; {asked} ?"
@@ -91,7 +93,7 @@ def _block(job: tuple[str, int, int, int, int]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def problems(rows: int, seed: int, split: str, processes: int = 1, most: int = 8) -> Iterator[str]:
+def problems(rows: int, seed: int, split: str, processes: int = 1, most: int = 7) -> Iterator[str]:
     """JSON lines of `rows` problems in blocks; the same for any number of processes."""
     jobs = [
         (split, seed, most, number, min(BLOCK, rows - number * BLOCK))
@@ -105,7 +107,7 @@ def problems(rows: int, seed: int, split: str, processes: int = 1, most: int = 8
 
 
 def write_problems(
-    path: pathlib.Path, rows: int, seed: int, split: str, processes: int = 1, most: int = 8
+    path: pathlib.Path, rows: int, seed: int, split: str, processes: int = 1, most: int = 7
 ) -> None:
     """Writes a jsonl file, gzipped if so named; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +155,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8000, help="problems")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--split", choices=("train", "test"), default="train")
-    parser.add_argument("--most", type=int, default=8, help="most definitions in a problem")
+    parser.add_argument("--most", type=int, default=7, help="most definitions in a problem")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=pathlib.Path, help="jsonl or jsonl.gz file")
     parser.add_argument("--tokenizer", type=pathlib.Path, help="folder for the tokenizer")
