@@ -69,10 +69,11 @@ def check(problem):
         name, *terms = step.split(" = ")
         assert terms[-1] == str(values[name])
         words = definitions[name].split()
-        # A definition's variables are written as their values, which stand further up.
+        # The definition, its variables as their values (which stand further up), the result.
         assert all(word in done for word in words if word.isalpha())
         expected = " ".join(done.get(word, word) for word in words)
-        assert terms == ([expected] if len(words) == 1 else [expected, str(values[name])])
+        constant = len(words) == 1
+        assert terms == ([expected] if constant else [definitions[name], expected, terms[-1]])
         done[name] = terms[-1]
     assert done.keys() == values.keys(), "a step is missing or not needed"
     assert step.startswith(f"{asked} = ")
@@ -135,8 +136,8 @@ def test_difficulty(bundled):
     lengths = [len(f"{p['prompt']} {p['completion']}".split()) + 2 for p in rows]  # <bos>, <eos>
     steps = [len(p["completion"].split(" ; ")) - 1 for p in rows]
     distractors = [len(p["prompt"].split(" ; ")) - 1 - n for p, n in zip(rows, steps, strict=True)]
-    assert 60 <= statistics.mean(lengths) <= 90 and max(lengths) <= 160
-    assert statistics.mean(steps) > 3.5 and max(steps) >= 8
+    assert statistics.mean(lengths) >= 60 and max(lengths) <= 128  # the window of configs/demo.yaml
+    assert statistics.mean(steps) > 3 and max(steps) == 7
     assert statistics.mean(d > 0 for d in distractors) > 0.9
     counts = np.bincount([int(p["answer"]) for p in rows], minlength=MODULUS)
     assert counts.min() > 0 and counts.max() / len(rows) < 0.2
@@ -164,9 +165,7 @@ def test_tokenizer(bundled, tmp_path):
 
 
 def test_bundled_model():
-    """At least 12 layers and at most 8 MB, once the weights are there."""
-    if not (DEMO / "model" / "config.json").exists():
-        pytest.skip("the weights are not trained yet")
+    """At least 12 layers and at most 8 MB."""
     assert json.loads((DEMO / "model" / "config.json").read_text())["num_hidden_layers"] >= 12
     assert sum(f.stat().st_size for f in (DEMO / "model").iterdir()) <= 8_000_000
 

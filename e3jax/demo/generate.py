@@ -6,8 +6,8 @@ A problem defines variables in shuffled order, some of them not needed, and asks
     completion  fig = 7 ; oak = fig * 3 = 7 * 3 = 2 ; elk = oak + fig = 2 + 7 = 9 ; answer : 9
 
 The solution works out just what is needed, in order of dependency: the definition, its values, the
-result. Problems whose prompt hashes to
-0 modulo 64 are test problems, all others train: the two never meet, whatever the seeds.
+result. Problems whose prompt hashes to 0 modulo 64 are test problems, all others train: the two
+never meet, whatever the seeds.
 
     python -m e3jax.demo.generate --rows 8000 --seed 1 --split train --out train.jsonl.gz
     python -m e3jax.demo.generate --rows 1000 --seed 1 --split test --out test.jsonl
