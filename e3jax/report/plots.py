@@ -31,7 +31,9 @@ def kept_layers(
     layers = probability_sl.shape[1]
     figure, axes = _figure(7.5, 0.6 + 0.19 * layers)
     axes.spines[:].set_visible(False)
-    edges = np.append(np.asarray(steps, float), steps[-1] + max(1, steps[-1] // max(1, len(steps))))
+    # A column reaches halfway to its neighbours, the first and last end at their own step.
+    middles = (np.asarray(steps[1:], float) + steps[:-1]) / 2
+    edges = np.concatenate([[steps[0]], middles, [max(steps[-1], steps[0] + 1)]])
     mesh = axes.pcolormesh(
         edges, np.arange(layers + 1) - 0.5, probability_sl.T, cmap="viridis", vmin=0, vmax=1
     )
@@ -46,7 +48,8 @@ def kept_layers(
     axes.invert_yaxis()
     figure.colorbar(mesh, ax=axes, label="probability of being kept", pad=0.01)
     axes.set_title(
-        f"{len(keep)} of {layers} layers kept (right: blue kept, red removed)", fontsize=10
+        f"{len(keep)} of {layers} layers kept; final answer on the right: blue kept, red removed",
+        fontsize=10,
     )
     figure.savefig(path)
 
