@@ -1,6 +1,5 @@
 """What a run leaves for others: exported checkpoints, read back and compared before they count."""
 
-import importlib.util
 import logging
 import os
 import pathlib
@@ -9,6 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from transformers.utils.import_utils import is_torch_available
 
 from e3jax import config, files, job, mesh
 from e3jax.data import text
@@ -154,10 +154,10 @@ def _verify(
     if not transformers:
         return
     again = f"remove {out} and give the same command again"
-    if importlib.util.find_spec("torch") is None:
+    if not is_torch_available():  # missing, or older than transformers takes
         log.info(
             "export: torch is not installed, so the check through transformers was skipped; "
-            "to have it, `pip install torch`, %s",
+            "to have it, `pip install -U torch`, %s",
             again,
         )
         return

@@ -1,6 +1,5 @@
 """The command `run` from checkpoint to export, in this process, on a tiny random model."""
 
-import importlib.util
 import json
 import logging
 import pathlib
@@ -201,16 +200,11 @@ def test_greedy_answers_are_compared(copy, place, monkeypatch, capsys):
 
 def test_without_torch_the_check_is_skipped_and_said(copy, place, monkeypatch, caplog):
     shutil.rmtree(copy / "export")
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *rest: None if name == "torch" else find(name, *rest),
-    )
+    monkeypatch.setattr(outputs, "is_torch_available", lambda: False)
     with caplog.at_level(logging.INFO):
         assert command(place, "export", f"out={copy}") == 0
     assert "the check through transformers was skipped" in told(caplog)
-    assert f"`pip install torch`, remove {copy / 'export'}" in told(caplog)
+    assert f"`pip install -U torch`, remove {copy / 'export'}" in told(caplog)
     assert "against its own read-back" in told(caplog)
     assert "against transformers" not in told(caplog)
     assert (copy / "export" / "model.safetensors").exists()
