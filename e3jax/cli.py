@@ -1,11 +1,15 @@
 """The command line, and the one place for environment variables and jax.config."""
 
 import argparse
+import contextlib
 import logging
 import os
+import signal
 import sys
 import textwrap
-from collections.abc import Sequence
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
 
 from e3jax import __version__, config
 from e3jax.errors import Diverged, UserError
@@ -82,31 +86,100 @@ def make_parser() -> argparse.ArgumentParser:
             action="store_true",
             help="print the resolved plan and stop: no device, no data",
         )
+        several = sub.add_argument_group("several processes, each started with the same command")
+        several.add_argument(
+            "--distributed",
+            action="store_true",
+            help="the TPU pod, Slurm or Kubernetes tells who the others are",
+        )
+        several.add_argument("--coordinator", metavar="HOST:PORT", help="else: of process 0")
+        several.add_argument("--processes", type=int, metavar="N", help="how many there are")
+        several.add_argument("--process", type=int, metavar="I", help="this one's number, from 0")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 for bad input, 1 for a run that diverged."""
+    """Runs a command; returns the exit code: 0, 2 for bad input, 1 for a run that diverged.
+
+    One of several processes that fails ends at once, so that the others notice.
+    """
     options = _parse(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("e3jax").setLevel(logging.INFO)
-    try:
-        run = config.load_run(options.config, options.overrides)
-        _prepare_jax(run)
-        from e3jax import pipeline  # after the environment is set: it imports jax
+    several, code = _several(options), 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_terminable())
+        try:
+            run = config.load_run(options.config, options.overrides)
+            _prepare_jax(run)
+            if several:
+                stack.enter_context(_joined(options))
+            from e3jax import pipeline  # after the environment is set: it imports jax
 
-        pipeline.execute(options.command, run, dry_run=options.dry_run)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+            pipeline.execute(options.command, run, dry_run=options.dry_run)
+        except (UserError, Diverged) as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2 if isinstance(error, UserError) else 1
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            code = 130
+        except Exception:
+            if not several:
+                raise
+            traceback.print_exc()
+            code = 1
+        if several and code:
+            from e3jax import processes
+
+            processes.leave(code)
+    return code
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM outside of the training loop: open files are closed, half written ones removed."""
+
+    def stop(*_: object) -> None:
+        print("told to stop; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
+        yield
+        return
+    old = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def _several(options: argparse.Namespace) -> bool:
+    """Whether this is one process of several; exits with code 2 where that is half said."""
+    explicit = [options.coordinator, options.processes, options.process]
+    given = sum(value is not None for value in explicit)
+    if (options.distributed and given) or given not in (0, 3):
+        make_parser().error(
+            "give --distributed alone, or all of --coordinator, --processes and --process"
+        )
+    if not options.distributed and not given and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        log = logging.getLogger("e3jax")
+        log.warning("Slurm started several tasks: without --distributed each works alone")
+    return options.distributed or given == 3
+
+
+@contextlib.contextmanager
+def _joined(options: argparse.Namespace) -> Iterator[None]:
+    """This process as one of several; process 0 speaks for all."""
+    from e3jax import processes
+
+    processes.start(options.coordinator, options.processes, options.process)
+    if processes.is_first():
+        yield
+        return
+    logging.getLogger("e3jax").setLevel(logging.WARNING)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -281,6 +281,9 @@ class Run:
     out: str = Field(description="run folder")
     seed: int = Field(default=0, ge=0, description="decides every random draw")
     deterministic: bool = Field(default=False, description="bitwise repeatable on GPU, slower")
+    keep_checkpoints: int = Field(
+        default=2, ge=1, description="latest ones that stay, and the best"
+    )
     model: Model = Field(default=Model(), description="the model")
     mesh: Mesh = Field(default=Mesh(), description="devices")
     data: Data = Field(default=Data(), description="data")

@@ -6,6 +6,7 @@ import importlib.resources
 import json
 import os
 import pathlib
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,8 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes text aside, syncs it to disk and renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    # Processes of several hosts may share the folder, and their numbers.
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(aside, "w", encoding="utf-8") as file:
             file.write(text)

@@ -1,18 +1,23 @@
 """A loaded job: the model on its mesh, its tokenizer, and the data as token windows."""
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import itertools
+import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+import secrets
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e3jax import config, files, mesh
+from e3jax import config, files, mesh, processes
 from e3jax.data import batches as data_batches
 from e3jax.data import text
 from e3jax.data.windows import Windows
@@ -22,6 +27,7 @@ from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Batch, Params
 
 BATCH_FIELDS = tuple(f.name for f in dataclasses.fields(Batch))
+LOCK = ".lock"  # held by the process that writes in a run folder
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
@@ -89,14 +95,13 @@ def open_mesh(spec: config.Mesh) -> Any:
 
 def open_job(run: config.Run) -> Job:
     """Loads the dense model and checks that its parts belong together. Call under the mesh."""
-    out = claim_folder(run)
     source = load.resolve(run.model.path, run.model.revision)
     cfg = families.read_config(source)
     check_window(run, cfg)
     load.check_vocabulary(source, cfg)
     return Job(
         run=run,
-        out=out,
+        out=pathlib.Path(run.out).expanduser(),
         source=source,
         identity=files.checkpoint_hash(source),
         cfg=cfg,
@@ -113,17 +118,52 @@ def check_window(run: config.Run, cfg: ModelConfig) -> None:
         )
 
 
-def claim_folder(run: config.Run) -> pathlib.Path:
-    """The run folder, created or ours already. Raises UserError when it holds something else."""
+@contextlib.contextmanager
+def claim_folder(run: config.Run) -> Iterator[pathlib.Path]:
+    """The run folder, created or ours already, and nobody else's while the block runs.
+
+    Raises UserError when it holds something else, when another run works in it, and when the
+    processes of this one do not all see the same folder.
+    """
     out = pathlib.Path(run.out).expanduser()
-    mark = out / "run.json"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out={out}: is a file; expected a folder, or a name to create one under")
-    if out.exists() and any(out.iterdir()) and not mark.exists():
-        raise UserError(f"out={out}: not empty, and not a run of e3jax; choose another folder")
-    if jax.process_index() == 0:
-        files.write_json(mark, config.as_dict(run))
-    return out
+    lock = -1
+
+    def claim() -> str:
+        nonlocal lock
+        mark = out / "run.json"
+        if out.exists() and not out.is_dir():
+            raise UserError(f"out={out}: is a file; expected a folder, or a name for a new one")
+        if out.exists() and not mark.exists() and set(os.listdir(out)) - {LOCK}:
+            raise UserError(f"out={out}: not empty, and not a run of e3jax; choose another folder")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            # The kernel lets go of it when the process ends, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            files.write_json(mark, config.as_dict(run))
+        except BlockingIOError:
+            who = (out / LOCK).read_text() or "an unknown process"
+            raise UserError(
+                f"out={out}: another run is at work there ({who.strip()}); wait, or stop it"
+            ) from None
+        except OSError as error:
+            raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
+        token = f"process {os.getpid()} of {socket.gethostname()}, {secrets.token_hex(4)}"
+        os.pwrite(lock, token.ljust(os.fstat(lock).st_size).encode(), 0)
+        return token
+
+    try:
+        token = processes.from_first(claim)
+        seen = (out / LOCK).is_file() and (out / LOCK).read_text().strip() == token
+        if not processes.everywhere(seen):
+            raise UserError(
+                f"out={out}: the processes do not see the same folder there; with several hosts it "
+                "must lie on storage that all of them share"
+            )
+        yield out
+    finally:
+        if lock >= 0:
+            os.close(lock)
 
 
 def to_batch(arrays: dict[str, np.ndarray]) -> Batch:
@@ -133,13 +173,7 @@ def to_batch(arrays: dict[str, np.ndarray]) -> Batch:
 
 def step_batches(windows: Windows, batch: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
     """step -> this process's rows of the shuffled batch, with the windows' numbers as `index`."""
-    return data_batches.make_batches(
-        windows,
-        batch,
-        seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    return data_batches.make_batches(windows, batch, seed, rows=mesh.rows_here(batch))
 
 
 def ordered(windows: Windows, batch: int, limit: int | None = None) -> Iterator[Batch]:
@@ -152,10 +186,8 @@ def ordered(windows: Windows, batch: int, limit: int | None = None) -> Iterator[
             loss=windows.loss[:limit],
         )
     batch = rows_per_batch(min(batch, len(windows)))
-    rows = data_batches.ordered_batches(
-        windows, batch, process_index=jax.process_index(), process_count=jax.process_count()
-    )
-    return map(to_batch, rows)
+    found = data_batches.ordered_batches(windows, batch, rows=mesh.rows_here(batch))
+    return map(to_batch, found)
 
 
 def rows_per_batch(batch: int) -> int:
@@ -169,3 +201,19 @@ def data_seed(run: config.Run, stage: str) -> int:
     """A seed of its own for each stage's order of the data; int32."""
     digest = hashlib.sha256(f"{run.seed}/{stage}".encode()).digest()
     return int.from_bytes(digest[:4], "little") >> 1
+
+
+def once(path: pathlib.Path, inputs: Mapping[str, Any], make: Callable[[], Any]) -> Any:
+    """The JSON value of `make()`, kept in a file and made again only for other inputs."""
+    key = files.fingerprint(inputs)
+
+    def kept() -> Any:
+        found = files.read_json(path) if path.exists() else {}
+        return found if found.get("inputs") == key else None
+
+    if (found := processes.from_first(kept)) is not None:
+        return found["value"]
+    value = make()
+    if processes.is_first():
+        files.write_json(path, {"inputs": key, "value": value})
+    return value

@@ -21,6 +21,7 @@ BATCH = ("replica", "data")
 # shards heads, mlp and vocabulary over `model`; rows of a batch are spread over both data axes.
 RULES: dict[str, str | tuple[str, ...]] = {
     "batch": BATCH,
+    "device": AXES,
     "embed": "data",
     "heads": "model",
     "mlp": "model",
@@ -101,13 +102,41 @@ def replicate(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, sharding((None,) * np.ndim(x))), tree)
 
 
+def rows_here(batch: int) -> np.ndarray:
+    """Which rows of a global batch the devices of this process hold: int64, ascending.
+
+    All of them where the batch axes lie within a process. Raises UserError when the devices cannot
+    share the rows evenly.
+    """
+    set_mesh = current()
+    shards = 1 if set_mesh is None else axis_size(set_mesh, BATCH)
+    if batch % shards:
+        raise UserError(f"a batch of {batch} rows cannot be shared evenly by {shards} devices")
+    place = sharding(("batch",))
+    if place is None:
+        return np.arange(batch)
+    parts = place.addressable_devices_indices_map((batch,)).values()
+    return np.unique(np.concatenate([np.arange(batch)[part] for part in parts]))
+
+
 def shard_batch(tree: Any) -> Any:
-    """Process-local numpy rows -> global arrays with axis 0 spread over the batch axes."""
+    """This process's rows (those of `rows_here`) -> global arrays, axis 0 over the batch axes."""
 
     def one(x: np.ndarray) -> jax.Array:
         place = sharding(("batch",) + (None,) * (np.ndim(x) - 1))
         if place is None:
             return jax.device_put(x)
-        return jax.make_array_from_process_local_data(place, np.asarray(x))
+        x = np.asarray(x)
+        if jax.process_count() == 1:
+            return jax.device_put(x, place)
+        shards = axis_size(place.mesh.abstract_mesh, BATCH)
+        each = len(x) // len(rows_here(shards))  # rows of a shard
+        rows = rows_here(shards * each)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first = int(np.searchsorted(rows, index[0].start or 0))
+            return x[first : first + each]
+
+        return jax.make_array_from_callback((shards * each, *x.shape[1:]), place, part)
 
     return jax.tree.map(one, tree)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers.utils.import_utils import is_torch_available
 
-from e3jax import config, files, job, mesh
+from e3jax import config, files, job, mesh, processes
 from e3jax.data import text
 from e3jax.errors import UserError
 from e3jax.evaluate.table import Row
@@ -55,7 +55,7 @@ def export(
         shard_gb=spec.shard_gb,
         recovered=files.read_json(training) if training else None,
     )
-    if (out / RECORD).exists():
+    if processes.from_first((out / RECORD).exists):
         if not (changed := files.differences(files.read_json(out / RECORD), inputs)):
             log.info("export: %s is there already, from the same model", out)
             return
@@ -76,7 +76,7 @@ def export(
 
     def verify(folder: pathlib.Path) -> None:
         _verify(folder, out, stored, cfg, job_, transformers)
-        if jax.process_index() == 0:
+        if processes.is_first():
             files.write_json(folder / RECORD, inputs)  # so that it appears with the folder
 
     hf_export.export(
@@ -101,7 +101,7 @@ def export_trained(
     One that went on from a checkpoint keeps that checkpoint's config.json and licence; one from
     scratch gets a new config.json.
     """
-    if out.exists():
+    if processes.from_first(out.exists):
         log.info("export: %s is there already", out)
         return
     dtype = "float32" if run.export.dtype == "source" else run.export.dtype
@@ -150,18 +150,20 @@ def _verify(
         h = decoder.hidden(params, batch, cfg, dtype=jnp.float32, remat="none")
         return decoder.logits(params, h, cfg)
 
-    _compare("its own read-back", out, logits(params, batch), logits(read, batch))
+    ours, found = (processes.whole(logits(tree, batch)) for tree in (params, read))
+    _compare("its own read-back", out, ours, found)
     if not transformers:
         return
     again = f"remove {out} and give the same command again"
-    if not is_torch_available():  # missing, or older than transformers takes
+    # Process 0 runs it, and decides for all whether it can.
+    if not processes.from_first(is_torch_available):  # missing, or older than transformers takes
         log.info(
             "export: torch is not installed, so the check through transformers was skipped; "
             "to have it, `pip install -U torch`, %s",
             again,
         )
         return
-    needed, memory = 3 * 4 * decoder.count_params(cfg), _host_memory()
+    needed, memory = 3 * 4 * decoder.count_params(cfg), processes.from_first(_host_memory)
     if needed > memory:
         log.info(
             "export: the check through transformers was skipped: in float32 it needs %.0f GB of "
@@ -178,8 +180,7 @@ def _host_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _compare(what: str, out: pathlib.Path, ours: jax.Array, theirs: jax.Array | np.ndarray) -> None:
-    expected, found = np.asarray(ours), np.asarray(theirs)
+def _compare(what: str, out: pathlib.Path, expected: np.ndarray, found: np.ndarray) -> None:
     error = float(np.max(np.abs(expected - found)) / np.max(np.abs(expected)))
     log.info("export: logits against %s: relative difference %.1e", what, error)
     if not error <= TOLERANCE:
@@ -197,13 +198,10 @@ def _check_transformers(
     job_: Job,
     logits: Callable[[Params, decoder.Batch], jax.Array],
 ) -> None:
-    """The export as its users load it: same float32 logits and, token for token, greedy answers."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
+    """The export as its users load it: same float32 logits and, token for token, greedy answers.
 
-    transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+    All processes compute ours; process 0 loads the folder and compares.
+    """
     if job_.run.data.test:
         prompts = [list(problem.prompt_ids) for problem in job_.problems[:PROBES]]
     else:
@@ -216,27 +214,39 @@ def _check_transformers(
     positions = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)
     ones = np.ones_like(tokens)
     batch = decoder.Batch(tokens, positions, ones, tokens, ones.astype(bool))
-    with torch.no_grad():
-        theirs = model(torch.from_numpy(tokens).long()).logits.numpy()
-    _compare("transformers", out, logits(params, mesh.shard_batch(batch)), theirs)
-
+    here = jax.tree.map(lambda x: x[mesh.rows_here(rows)], batch)
+    ours = processes.whole(logits(params, mesh.shard_batch(here)))
     count = min(64, cfg.max_position - width)
     greedy = make_greedy(cfg, dtype=jnp.float32, max_new_tokens=count, eos=job_.eos)
-    for prompt, ours in zip(prompts, generate(greedy, params, prompts, rows), strict=True):
+    answers = list(generate(greedy, params, prompts, rows))
+
+    def compare() -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
         with torch.no_grad():
-            answer = model.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                max_new_tokens=count,
-                do_sample=False,
-                num_beams=1,
-                eos_token_id=list(job_.eos) or None,
-                pad_token_id=0,
-            )
-        theirs = answer[0, len(prompt) :].tolist()
-        if theirs != ours:
-            raise UserError(
-                f"{out}: a greedy answer of transformers differs from ours: {theirs} and {ours}; "
-                "nothing was exported"
-            )
+            theirs = model(torch.from_numpy(tokens).long()).logits.numpy()
+        _compare("transformers", out, ours, theirs)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            with torch.no_grad():
+                found = model.generate(
+                    torch.tensor([prompt]),
+                    attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                    max_new_tokens=count,
+                    do_sample=False,
+                    num_beams=1,
+                    eos_token_id=list(job_.eos) or None,
+                    pad_token_id=0,
+                )
+            theirs = found[0, len(prompt) :].tolist()
+            if theirs != answer:
+                raise UserError(
+                    f"{out}: a greedy answer of transformers differs from ours: "
+                    f"{theirs} and {answer}; nothing was exported"
+                )
+
+    processes.from_first(compare)
     log.info("export: %d greedy answers equal those of transformers", len(prompts))

@@ -3,14 +3,14 @@
 import dataclasses
 import logging
 import pathlib
-import tempfile
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from e3jax import config, files, job, outputs, plan, stages
+from e3jax import config, files, job, outputs, plan, processes, stages
 from e3jax.data import text
 from e3jax.errors import UserError
 from e3jax.evaluate import table
@@ -31,9 +31,9 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
     if dry_run:
         print(_plan_text(command, run))
         return
-    with job.open_mesh(run.mesh):
+    with job.open_mesh(run.mesh), job.claim_folder(run) as out:
         if command == "train":
-            train(run)
+            train(run, out)
             return
         job_ = job.open_job(run)
         log.info("%s", _describe_model(job_))
@@ -73,14 +73,15 @@ def _describe_model(job_: Job) -> str:
 def search(job_: Job) -> None:
     """Stage 1 alone."""
     mask = stages.search_mask(job_)
-    pictures.draw_search(job_, mask)
+    _draw(job_, mask)
     print(f"kept {list(mask.keep)}  held-out KL {mask.kl:.4f}  {job_.out}/search/mask.json")
 
 
 def distill(job_: Job) -> None:
     """Stage 2 alone, of this run's mask or a given one."""
-    stages.recover(job_, _mask(job_), job_.out / "distill")
-    pictures.draw_losses(job_)
+    mask = _mask(job_)
+    stages.recover(job_, mask, job_.out / "distill")
+    _draw(job_, mask)
 
 
 def export(job_: Job) -> None:
@@ -109,8 +110,7 @@ def run_all(job_: Job) -> None:
         raw = decoder.take_layers(job_.params, mask.keep)
         outputs.export(job_, mask, raw, job_.out / "export-raw", recovered=False, rows=rows)
     outputs.export(job_, mask, student, job_.out / "export", recovered=True, rows=rows)
-    pictures.draw_search(job_, mask)
-    pictures.draw_losses(job_)
+    _draw(job_, mask)
     print(table.render(rows))
     print(f"\npruned and recovered: {job_.out}/export   pictures: {job_.out}/plots")
 
@@ -122,6 +122,12 @@ COMMANDS: dict[str, Callable[[Job], None]] = {
     "export": export,
     "evaluate": evaluate,
 }
+
+
+def _draw(job_: Job, mask: Mask) -> None:
+    if processes.is_first():
+        pictures.draw_search(job_, mask)
+        pictures.draw_losses(job_)
 
 
 def _mask(job_: Job) -> Mask:
@@ -154,9 +160,8 @@ def _evaluate(job_: Job, mask: Mask, student: Params) -> list[table.Row]:
 # ---------------------------------------------------------------- train
 
 
-def train(run: config.Run) -> None:
+def train(run: config.Run, out: pathlib.Path) -> None:
     """Next-token training, from scratch (train.config) or from a checkpoint (model.path)."""
-    out = job.claim_folder(run)
     spec, recipe = run.train, run.train.recipe
     if recipe.teacher != "none":
         raise UserError(
@@ -212,6 +217,11 @@ def rehearse(job_: Job) -> None:
     What would stop the run hours later (a shape, a full device, a folder that cannot be written)
     stops it now.
     """
+    folder = job_.out / ".rehearsal"
+    if processes.is_first():
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed one left
+        folder.mkdir()
+    processes.barrier("rehearsal begins")
     run = job_.run
     short = {"steps": 2, "checkpoint_every": 2}
     small = dataclasses.replace(
@@ -221,14 +231,18 @@ def rehearse(job_: Job) -> None:
         ),
         distill=dataclasses.replace(run.distill, mask=None, evaluate_every=2, **short),
     )
-    with tempfile.TemporaryDirectory(dir=job_.out, prefix=".rehearsal-") as folder:
+    try:
         two = dataclasses.replace(
             job_,
-            run=dataclasses.replace(small, out=folder),
-            out=pathlib.Path(folder),
+            run=dataclasses.replace(small, out=str(folder)),
+            out=folder,
             cfg=job_.cfg.take_layers((0, 1)),
             params=decoder.take_layers(job_.params, (0, 1)),
         )
         mask = stages.search_mask(two)
         student = stages.recover(two, mask, two.out / "distill")
         outputs.export(two, mask, student, two.out / "export", recovered=True, transformers=False)
+        processes.barrier("rehearsal ends")
+    finally:
+        if processes.is_first():
+            shutil.rmtree(folder, ignore_errors=True)

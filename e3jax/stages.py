@@ -4,14 +4,14 @@ import contextlib
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e3jax import config, files, job, mesh
+from e3jax import config, files, job, mesh, processes
 from e3jax.data.teacher import TeacherCache, open_cache
 from e3jax.data.windows import Windows
 from e3jax.distill import distill, losses
@@ -28,19 +28,6 @@ from e3jax.training.optim import make_optimizer
 log = logging.getLogger(__name__)
 
 CALIBRATION_WINDOWS = 64  # whose mean teacher entropy is the H of the token weights
-
-
-def once(path: pathlib.Path, inputs: Mapping[str, Any], make: Callable[[], Any]) -> Any:
-    """The JSON value of `make()`, kept in a file and made again only for other inputs."""
-    key = files.fingerprint(inputs)
-    if path.exists():
-        kept = files.read_json(path)
-        if kept["inputs"] == key:
-            return kept["value"]
-    value = make()
-    if jax.process_index() == 0:
-        files.write_json(path, {"inputs": key, "value": value})
-    return value
 
 
 # ---------------------------------------------------------------- stage 1: the mask
@@ -89,8 +76,9 @@ def search_mask(job_: Job) -> Mask:
     inputs = job_.inputs(
         search=decides, train=job_.train.fingerprint, held_out=job_.held_out.fingerprint
     )
-    if (folder / "mask.json").exists():
-        mask = read_mask(folder / "mask.json", cfg)
+    path = folder / "mask.json"
+    if processes.from_first(path.exists):
+        mask = read_mask(path, cfg)
         if mask.config == files.fingerprint(inputs):
             log.info("search: finished before; keeping layers %s", list(mask.keep))
             return mask
@@ -103,7 +91,7 @@ def search_mask(job_: Job) -> Mask:
     )
     figures = make_figures(cfg, cfg, dtype=job_.dtype, chunk=run.distill.chunk)
     held_out = list(job.ordered(job_.held_out, spec.score_windows, spec.score_windows))
-    held_tokens = float(sum(np.sum(batch.segments > 0) for batch in held_out))
+    held_tokens = float(np.count_nonzero(job_.held_out.segments[: spec.score_windows]))
     take_step = search.make_search_step(
         cfg, spec, seed=run.seed, dtype=job_.dtype, remat=run.model.remat, chunk=run.distill.chunk
     )
@@ -142,6 +130,7 @@ def search_mask(job_: Job) -> Mask:
         checkpoint_every=spec.checkpoint_every,
         evaluate=score,
         evaluate_every=spec.score_every,
+        keep=run.keep_checkpoints,
     )
     best, best_kl, tried = search.refine(
         np.asarray(state.best_theta),
@@ -168,7 +157,8 @@ def search_mask(job_: Job) -> Mask:
         checkpoint=job_.identity,
         config=files.fingerprint(inputs),
     )
-    files.write_json(folder / "mask.json", mask)
+    if processes.is_first():
+        files.write_json(path, mask)
     log.info("search: keeping layers %s, held-out KL %.4f", list(mask.keep), mask.kl)
     return mask
 
@@ -193,7 +183,7 @@ def kl_importance(job_: Job) -> tuple[np.ndarray, int]:
         )
         return {"kl": scores.tolist(), "tokens": tokens}
 
-    value = once(job_.out / "search" / "importance.json", inputs, make)
+    value = job.once(job_.out / "search" / "importance.json", inputs, make)
     return np.asarray(value["kl"]), value["tokens"]
 
 
@@ -212,7 +202,7 @@ def shortgpt_mask(job_: Job) -> Mask:
         )
         return dataclasses.asdict(chosen)
 
-    chosen = once(job_.out / "shortgpt" / "influence.json", inputs, make)
+    chosen = job.once(job_.out / "shortgpt" / "influence.json", inputs, make)
     mask = Mask(
         selector="shortgpt",
         num_layers=cfg.num_layers,
@@ -225,7 +215,8 @@ def shortgpt_mask(job_: Job) -> Mask:
         checkpoint=job_.identity,
         config=files.fingerprint(inputs),
     )
-    files.write_json(job_.out / "shortgpt" / "mask.json", mask)
+    if processes.is_first():
+        files.write_json(job_.out / "shortgpt" / "mask.json", mask)
     return mask
 
 
@@ -255,7 +246,7 @@ def recover(job_: Job, mask: Mask, folder: pathlib.Path) -> Params:
     mean_entropy = 1.0
     if recipe.weight != "uniform":
         facts = job_.inputs(train=job_.train.fingerprint, temperature=recipe.temperature)
-        mean_entropy = once(job_.out / "distill" / "entropy.json", facts, entropy)
+        mean_entropy = job.once(job_.out / "distill" / "entropy.json", facts, entropy)
     return train_student(
         folder.name,
         run,
@@ -343,6 +334,8 @@ def train_student(
         evaluate=evaluate,
         evaluate_every=recipe.evaluate_every,
         patience=recipe.patience,
+        keep=run.keep_checkpoints,
+        best="held_out_perplexity" if frozen is None else "held_out_kl",
     )
     if skipped := int(state.skipped):
         log.warning("%s: %d steps were not finite and were left out", name, skipped)

@@ -142,7 +142,7 @@ def test_table(place):
 
 
 def test_removal_curve_begins_at_the_dense_model(place):
-    curve = files.read_json(place / "out" / "evaluate" / "removal.json")["curve"]
+    curve = files.read_json(place / "out" / "evaluate" / "removal.json")["value"]
     rows = files.read_json(place / "out" / "evaluate" / "results.json")
     assert [point["removed"] for point in curve] == [0, 1, 2]
     assert curve[0]["kl"] == pytest.approx(0, abs=1e-6)

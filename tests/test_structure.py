@@ -22,7 +22,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 ORDER = (
     {"errors"},
     {"files", "mesh"},
-    {"config"},
+    {"config", "processes"},
     {"demo", "models"},
     {"hf", "data"},
     {"training"},

@@ -188,10 +188,10 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, one_device):
 def test_a_kill_between_the_last_score_and_its_checkpoint(tmp_path, one_device, monkeypatch):
     whole = toy_fit(tmp_path / "whole")
 
-    def killed(self, step, state, save=Checkpoints.save):
+    def killed(self, step, state, figures, save=Checkpoints.save):
         if step == 12:
             raise KeyboardInterrupt
-        save(self, step, state)
+        save(self, step, state, figures)
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", killed)

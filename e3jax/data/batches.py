@@ -10,7 +10,6 @@ import grain
 import numpy as np
 
 from e3jax.data.text import Windows
-from e3jax.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 T = TypeVar("T")
@@ -59,39 +58,30 @@ def make_batches(
     seed: int,
     *,
     shuffle: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Callable[[int], Arrays]:
-    """A function of the step number: step -> this process's rows of the batch (see `gather`).
+    """A function of the step number: step -> the batch, or those of its `rows` (see `gather`).
 
     Endless; every epoch visits each window once, in an order of its own that depends on the seed
-    only. The rows of all processes, one after the other, are the rows of a single process.
+    only, and on no process: each takes its rows of the same batch.
     """
-    local = _rows_per_process(batch, process_count)
+    rows = np.arange(batch) if rows is None else rows
     order = grain.MapDataset.source(range(len(windows))).seed(seed)
     order = (order.shuffle() if shuffle else order).repeat()
 
     def batch_at(step: int) -> Arrays:
-        first = step * batch + process_index * local
-        return gather(windows, np.array([order[i] for i in range(first, first + local)]))
+        return gather(windows, np.array([order[int(i)] for i in step * batch + rows]))
 
     return batch_at
 
 
 def ordered_batches(
-    windows: Windows, batch: int, *, process_index: int = 0, process_count: int = 1
+    windows: Windows, batch: int, *, rows: np.ndarray | None = None
 ) -> Iterator[Arrays]:
     """Every window once, in order; the last batch is filled up with empty rows (index -1)."""
-    local = _rows_per_process(batch, process_count)
+    rows = np.arange(batch) if rows is None else rows
     for start in range(0, len(windows), batch):
-        index_b = start + process_index * local + np.arange(local)
-        yield gather(windows, np.where(index_b < len(windows), index_b, -1))
-
-
-def _rows_per_process(batch: int, process_count: int) -> int:
-    if batch % process_count:
-        raise UserError(f"batch {batch} is not a multiple of the {process_count} processes")
-    return batch // process_count
+        yield gather(windows, np.where(start + rows < len(windows), start + rows, -1))
 
 
 def prefetch(

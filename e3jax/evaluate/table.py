@@ -8,9 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-from e3jax import files, job
+from e3jax import files, job, processes
 from e3jax.evaluate.exact import Answer, solve
 from e3jax.evaluate.figures import make_figures
 from e3jax.job import Job
@@ -74,14 +72,17 @@ def _once(
     """Measures a model unless its file is there, made from the same model, data and settings."""
     spec = job_.run.evaluate
     path = job_.out / "evaluate" / f"{model.replace(' ', '-')}.json"
-    measured = job_.measured.fingerprint
-    key = files.fingerprint(
-        job_.inputs(**inputs, evaluate=spec, measured=measured, test=job_.run.data.test)
+    facts = job_.inputs(
+        **inputs, evaluate=spec, measured=job_.measured.fingerprint, test=job_.run.data.test
     )
-    if path.exists() and (kept := files.read_json(path))["inputs"] == key:
-        return Row(**kept["row"])
-    begun = time.monotonic()
-    student, cfg = params(), job_.cfg.take_layers(keep)
+    return Row(**job.once(path, facts, lambda: _measure(job_, model, keep, params(), tokens, path)))
+
+
+def _measure(
+    job_: Job, model: str, keep: Sequence[int], student: Params, tokens: int, path: pathlib.Path
+) -> dict[str, Any]:
+    """The fields of a Row; every answer goes to a file beside `path`."""
+    begun, spec, cfg = time.monotonic(), job_.run.evaluate, job_.cfg.take_layers(keep)
     figures = make_figures(job_.cfg, cfg, dtype=job_.dtype, chunk=job_.run.distill.chunk)
     found = figures(job_.params, student, job.ordered(job_.measured, spec.batch))
     answers: list[Answer] = []
@@ -106,12 +107,11 @@ def _once(
         problems=len(answers),
         tokens=tokens,
     )
-    if jax.process_index() == 0:
+    if processes.is_first():
         lines = [json.dumps(dataclasses.asdict(a) | {"correct": a.correct}) for a in answers]
         files.write_text(path.with_suffix(".answers.jsonl"), "\n".join(lines) + "\n")
-        files.write_json(path, {"inputs": key, "row": row})
     log.info("evaluate: %-20s %s  (%.0f s)", model, summary(row), time.monotonic() - begun)
-    return row
+    return dataclasses.asdict(row)
 
 
 def summary(row: Row) -> str:
@@ -122,21 +122,20 @@ def summary(row: Row) -> str:
 
 def removal_curve(job_: Job, mask: Any) -> list[dict[str, float]]:
     """KL after each removal in the mask's order, nothing trained: evaluate/removal.json."""
-    path = job_.out / "evaluate" / "removal.json"
-    key = files.fingerprint(job_.inputs(order=mask.order, measured=job_.measured.fingerprint))
-    if path.exists() and (kept := files.read_json(path))["inputs"] == key:
-        return kept["curve"]
-    figures = make_figures(job_.cfg, job_.cfg, dtype=job_.dtype, chunk=job_.run.distill.chunk)
-    curve = []
-    for count in range(len(mask.order) + 1):
-        gone = set(mask.order[:count])
-        keep = [i for i in range(job_.cfg.num_layers) if i not in gone]
-        batches = job.ordered(job_.measured, job_.run.evaluate.batch)
-        found = figures(job_.params, job_.params, batches, keep)
-        curve.append({"removed": count, "kl": found.kl, "perplexity": found.perplexity})
-    if jax.process_index() == 0:
-        files.write_json(path, {"inputs": key, "curve": curve})
-    return curve
+
+    def make() -> list[dict[str, float]]:
+        figures = make_figures(job_.cfg, job_.cfg, dtype=job_.dtype, chunk=job_.run.distill.chunk)
+        curve = []
+        for count in range(len(mask.order) + 1):
+            gone = set(mask.order[:count])
+            keep = [i for i in range(job_.cfg.num_layers) if i not in gone]
+            batches = job.ordered(job_.measured, job_.run.evaluate.batch)
+            found = figures(job_.params, job_.params, batches, keep)
+            curve.append({"removed": count, "kl": found.kl, "perplexity": found.perplexity})
+        return curve
+
+    facts = job_.inputs(order=mask.order, measured=job_.measured.fingerprint)
+    return job.once(job_.out / "evaluate" / "removal.json", facts, make)
 
 
 def render(rows: Sequence[Row]) -> str:
@@ -156,6 +155,6 @@ def render(rows: Sequence[Row]) -> str:
 
 def write(folder: pathlib.Path, rows: Sequence[Row]) -> None:
     """results.json and results.txt."""
-    if jax.process_index() == 0:
+    if processes.is_first():
         files.write_json(folder / "results.json", [dataclasses.asdict(row) for row in rows])
         files.write_text(folder / "results.txt", render(rows) + "\n")

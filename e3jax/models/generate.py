@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e3jax import mesh
+from e3jax import mesh, processes
 from e3jax.models import decoder, rope
 from e3jax.models.attention import causal_mask
 from e3jax.models.config import ModelConfig
@@ -130,6 +130,8 @@ def generate(
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
         filled = part + [part[0]] * (batch - len(part))
-        answers = greedy(params, *mesh.shard_batch(left_pad(filled, width)))
-        for row in np.asarray(answers)[: len(part)]:
+        rows = mesh.rows_here(batch)
+        tokens, segments = left_pad(filled, width)
+        answers = greedy(params, *mesh.shard_batch((tokens[rows], segments[rows])))
+        for row in processes.whole(answers)[: len(part)]:
             yield [int(t) for t in row if t >= 0]

@@ -41,7 +41,7 @@ def draw_search(job_: Job, mask: Mask) -> None:
         plots.importance(folder / "importance.png", kl, mask.keep)
     removal = job_.out / "evaluate" / "removal.json"
     if removal.exists():
-        curve = files.read_json(removal)["curve"]
+        curve = files.read_json(removal)["value"]
         plots.curves(
             folder / "removal.png",
             {"KL": ([x["removed"] for x in curve], [x["kl"] for x in curve])},

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from e3jax import files, mesh
+from e3jax import files, mesh, processes
 from e3jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -23,25 +23,45 @@ class Checkpoints:
 
     inputs: everything that decides the stage's result, as JSON; it is kept beside the checkpoints,
     and opening the folder with other inputs is a UserError that names what differs.
+    keep: how many of the latest stay; best: the figure (lower is better) whose best one stays too.
     """
 
-    def __init__(self, folder: pathlib.Path, inputs: Mapping[str, Any], keep: int = 2) -> None:
-        self.folder = folder
-        claim(folder, inputs)
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        inputs: Mapping[str, Any],
+        keep: int = 2,
+        best: str | None = None,
+    ) -> None:
+        self.folder, self._best = folder, best
+        processes.from_first(lambda: claim(folder, inputs))
+        policies = ocp.training.preservation_policies
+        stay: list[Any] = [policies.LatestN(keep)]
+        if best is not None:
+            # It keeps the greatest, and of checkpoints without the figure none.
+            stay.append(
+                policies.BestN(
+                    get_metric_fn=lambda figures: -figures[best],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
         self._orbax = ocp.training.Checkpointer(
             (folder / "steps").absolute(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            preservation_policy=policies.AnyPreservationPolicy(stay),
             cleanup_tmp_directories=True,  # what a killed save left
         )
 
-    def save(self, step: int, state: Any) -> None:
+    def save(self, step: int, state: Any, figures: Mapping[str, Any] | None = None) -> None:
         """Starts saving; returns when the arrays are copied. Raises what the save before met with.
 
         Waiting for the one before keeps saves in order and lets none fail unseen.
+        figures: those measured of this very state, if any were.
         """
         self._orbax.wait()
         signed = {"state": state, "checksum": checksum(state)}
-        self._orbax.save_async(step, signed, force=True, overwrite=True)
+        known = {self._best: figures[self._best]} if figures and self._best in figures else None
+        self._orbax.save_async(step, signed, force=True, overwrite=True, metrics=known)
 
     def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
         """The newest checkpoint that can be read, as (step, state), or None where there is none.
@@ -50,11 +70,14 @@ class Checkpoints:
         Raises UserError when there are checkpoints and none of them can be read.
         """
         torn: list[int] = []
-        for step in sorted((c.step for c in self._orbax.checkpoints), reverse=True):
+        steps = processes.from_first(lambda: [c.step for c in self._orbax.checkpoints])
+        for step in sorted(steps, reverse=True):
+            state = None
             try:
                 state = self._load(step, abstract_state)
             except Exception as error:
                 log.warning("%s: step %d cannot be read: %s", self.folder, step, _reason(error))
+            if not processes.everywhere(state is not None):
                 torn.append(step)
                 continue
             for newer in torn:  # deleted only now that the fault is known to be theirs
@@ -82,10 +105,10 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def open_checkpoints(
-    folder: pathlib.Path, inputs: Mapping[str, Any], keep: int = 2
+    folder: pathlib.Path, inputs: Mapping[str, Any], keep: int = 2, best: str | None = None
 ) -> Iterator[Checkpoints]:
     """Checkpoints that are closed, and so complete, however the block ends."""
-    checkpoints = Checkpoints(folder, inputs, keep)
+    checkpoints = Checkpoints(folder, inputs, keep, best)
     try:
         yield checkpoints
     finally:
@@ -97,7 +120,7 @@ def claim(folder: pathlib.Path, inputs: Mapping[str, Any]) -> None:
     path = folder / INPUTS
     if path.exists():
         check_inputs(folder, inputs)
-    elif jax.process_index() == 0:
+    else:
         files.write_json(path, inputs)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from e3jax import mesh
+from e3jax import mesh, processes
 from e3jax.data.batches import prefetch
 from e3jax.errors import Diverged
 from e3jax.training.checkpoint import abstract, open_checkpoints
@@ -33,6 +33,8 @@ def fit(
     evaluate: Evaluate | None = None,
     evaluate_every: int = 1,
     patience: int = 10,
+    keep: int = 2,
+    best: str | None = None,
 ) -> Any:
     """Runs steps [last checkpoint, steps) and returns the final state.
 
@@ -42,40 +44,44 @@ def fit(
     evaluate: (step, state) -> (state, values), before the first step, every `evaluate_every` steps
       and after the last.
     folder, inputs: where checkpoints and metrics go, and what decides the result (checkpoint.py).
+    keep, best: checkpoints that stay: the latest `keep`, and the one of least value `best`.
 
     Killed at any moment, the same call goes on from the last checkpoint and ends with the same
-    state. SIGTERM saves a checkpoint and exits with code 143.
+    state. SIGTERM in any process saves a checkpoint in all and exits with code 143.
     """
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(open_checkpoints(folder / "checkpoints", inputs))
+        place = folder / "checkpoints"
+        checkpoints = stack.enter_context(open_checkpoints(place, inputs, keep, best))
         start, state = checkpoints.restore(abstract(state)) or (0, state)
         if start == steps:
             return state
-        writes = jax.process_index() == 0
-        metrics = Metrics(folder, name, start=start, steps=steps, write=writes)
+        metrics = Metrics(folder, name, start=start, steps=steps, write=processes.is_first())
         stack.callback(metrics.close)
         told_to_stop = stack.enter_context(_terminated())
         late = _Late(metrics, patience)
         if start:
             metrics.say(f"{name}: going on from the checkpoint of step {start}")
 
+        def measure(done: int, state: Any) -> tuple[Any, dict[str, Any] | None]:
+            if evaluate is None or (done % evaluate_every and done != steps):
+                return state, None
+            late.settle()
+            state, values = evaluate(done, state)
+            metrics.log(done, values)
+            return state, values
+
+        if not start:
+            state, _ = measure(0, state)
         for step, batch in prefetch(batches, start, steps):
-            values: dict[str, Any] = {}
-            if evaluate is not None and step % evaluate_every == 0:
-                late.settle()
-                state, values = evaluate(step, state)
             state, out = step_fn(state, mesh.shard_batch(batch))
             late.settle()
-            late.step = (step, out, values)
+            late.step = (step, out, processes.vote(told_to_stop.is_set()))
             done = step + 1
-            stop = told_to_stop.is_set()
-            if stop or done % checkpoint_every == 0 or done == steps:
+            state, figures = measure(done, state)
+            if late.stop or done % checkpoint_every == 0 or done == steps:
                 late.settle()
-                if done == steps and evaluate is not None:
-                    state, values = evaluate(done, state)
-                    metrics.log(done, values)
-                checkpoints.save(done, state)
-            if stop:
+                checkpoints.save(done, state, figures)
+            if late.stop:
                 metrics.say(f"told to stop: saving step {done}; the same command goes on from here")
                 raise SystemExit(128 + signal.SIGTERM)
     return state
@@ -83,20 +89,22 @@ def fit(
 
 @dataclasses.dataclass
 class _Late:
-    """The metrics of the last step, read when the next one runs: so nothing waits for them."""
+    """What the last step gave, read when the next one runs: so nothing waits for it."""
 
     metrics: Metrics
     patience: int
-    step: tuple[int, dict[str, jax.Array], dict[str, Any]] | None = None
+    step: tuple[int, dict[str, jax.Array], Any] | None = None
     bad: int = 0  # steps in a row that were not finite
+    stop: bool = False  # a process was told to stop; all know it at the same step
 
     def settle(self) -> None:
         """Reads and records what there is. Raises Diverged at the last bad step of `patience`."""
         if self.step is None:
             return
-        (step, out, more), self.step = self.step, None
-        values = {k: float(v) for k, v in out.items()} | more
+        (step, out, vote), self.step = self.step, None
+        values = {k: float(v) for k, v in out.items()}
         self.metrics.log(step, values)
+        self.stop = self.stop or bool(vote)
         self.bad = self.bad + 1 if values.get("skipped") else 0
         if self.bad >= self.patience:
             raise Diverged(

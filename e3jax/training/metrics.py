@@ -18,8 +18,10 @@ TELL_EVERY_S = 10.0  # between plain lines, where there is no terminal
 class Metrics:
     """Records what a stage measures at each step; only process 0 has one that writes.
 
-    folder: gets metrics.jsonl and tensorboard/. start: the step work goes on from; lines of later
-    steps, written before a kill, are dropped, so the record is that of an uninterrupted run.
+    A step has a line with its `loss`; figures measured of the state after n steps have one of their
+    own, with step n. folder: gets metrics.jsonl and tensorboard/. start: the step work goes on
+    from; lines after it, written before a kill, are dropped, so the record is that of an
+    uninterrupted run.
     """
 
     def __init__(
@@ -34,30 +36,35 @@ class Metrics:
 
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        _drop_from(path, start)
+        kept = _drop_from(path, start)
         # A line is out before the checkpoint that follows it is: a kill cannot part them.
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  see close()
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+        for line in kept[-1:]:  # the figures of `start` were purged too
+            if line["step"] == start:
+                self._draw(start, line)
         self._bar = _make_bar() if sys.stderr.isatty() else None
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task(name, total=steps, completed=start, text="")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Records the values of a step, or those at the end (step = steps): floats, or lists of
-        floats (JSON only).
+        """Records the values of a step, or figures: floats, or lists of floats (JSON only).
 
         `tokens`, if there, is the tokens of this step, for the tokens/s that are shown.
         """
         if not self._write:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for key, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(key, value, step)
+        self._draw(step, values)
         self._tokens += values.get("tokens", 0.0)
-        if step < self._steps:
+        if "loss" in values:
             self._show(step, values)
+
+    def _draw(self, step: int, values: Mapping[str, Any]) -> None:
+        for key, value in values.items():
+            if key != "step" and isinstance(value, int | float):
+                self._board.add_scalar(key, value, step)
 
     def say(self, text: str) -> None:
         """A line for the person watching, above the bar or among the plain lines."""
@@ -107,12 +114,18 @@ def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _drop_from(path: pathlib.Path, start: int) -> None:
-    """Keeps the lines of steps before `start`."""
-    kept = [line for line in read_metrics(path.parent) if line["step"] < start]
+def _drop_from(path: pathlib.Path, start: int) -> list[dict[str, Any]]:
+    """Keeps the lines of steps before `start`, and the figures of its state, which came before the
+    checkpoint. Returns what is kept."""
+
+    def before(line: dict[str, Any]) -> bool:
+        return line["step"] < start or (0 < start == line["step"] and "loss" not in line)
+
+    kept = [line for line in read_metrics(path.parent) if before(line)]
     aside = path.with_suffix(".partial")
     aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     aside.replace(path)
+    return kept
 
 
 def _make_bar() -> Progress:
