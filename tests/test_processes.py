@@ -50,7 +50,7 @@ def place(tmp_path_factory):
         "distill": {
             "steps": STEPS, "batch": 8, "microbatch": 4, "evaluate_every": 5, "checkpoint_every": 3,
         },
-        "evaluate": {"batch": 4, "max_new_tokens": 8},
+        "evaluate": {"batch": 4, "max_new_tokens": 8, "baselines": [], "loss_curve": False},
     }  # fmt: skip
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
     return folder
@@ -62,25 +62,27 @@ def free_port():
         return found.getsockname()[1]
 
 
-def start(place, count, *arguments, devices=1, program="run.py"):
-    """`count` processes of the program on loopback, with so many devices each."""
+def start(place, count, *arguments, devices=1, each=None):
+    """`count` processes of the program on loopback, with so many devices each.
+
+    each: process number -> an argument of that process alone.
+    """
     environment = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(place / f"compiled-{count}-{devices}"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, program, *arguments]
+    command = [sys.executable, "run.py", *arguments]
     if count > 1:
         command += ["--coordinator", f"localhost:{free_port()}", "--processes", str(count)]
     started = []
     for number in range(count):
         which = ["--process", str(number)] if count > 1 else []
+        which += [each(number)] if each else []
         log = open(place / f"log-{number}.txt", "w")  # noqa: SIM115  a full pipe would block
         started.append(
-            subprocess.Popen(
-                [*command, *which], cwd=ROOT, env=environment, stdout=log, stderr=log
-            )
+            subprocess.Popen([*command, *which], cwd=ROOT, env=environment, stdout=log, stderr=log)
         )
     return started
 
@@ -127,16 +129,67 @@ def same_results(ours, theirs):
     assert weights[0].keys() == weights[1].keys()
     for name, array in weights[0].items():
         np.testing.assert_allclose(array, weights[1][name], atol=1e-5, err_msg=name)
+    if not (ours / "evaluate").exists():  # it ended with the export
+        return
     rows = [read_json(out / "evaluate" / "results.json") for out in (ours, theirs)]
     for one, other in zip(*rows, strict=True):
         assert one["model"] == other["model"] and one["exact_match"] == other["exact_match"]
         np.testing.assert_allclose(one["kl"], other["kl"], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize(("count", "mesh"), [(2, ()), (4, ("mesh.model=2", "mesh.data=2"))])
-def test_the_whole_job_is_that_of_one_process(place, single, count, mesh):
+@pytest.mark.parametrize(("count", "command", "model"), [(2, "run", 1), (4, "export", 2)])
+def test_several_processes_do_the_job_of_one(place, single, count, command, model):
     out = place / f"several-{count}"
-    run(place, count, "run", f"out={out}", *mesh)
+    run(place, count, command, f"out={out}", f"mesh.model={model}")
     same_results(out, single)
-    assert "pruned and recovered" in said(place, 0)
-    assert not any(said(place, number).strip() for number in range(1, count))
+    assert "read back and verified" in said(place, 0)
+    for number in range(1, count):  # process 0 speaks for all
+        assert all(line.startswith("[Gloo]") for line in said(place, number).split("\n") if line)
+
+
+def wait_for(place, started, record, lines):
+    """Returns when a record has so many lines."""
+    end = time.monotonic() + 200
+    while not record.exists() or len(record.read_bytes().splitlines()) < lines:
+        assert all(process.poll() is None for process in started), said(place)
+        assert time.monotonic() < end, said(place)
+        time.sleep(0.01)
+
+
+def test_a_process_that_dies_or_is_told_to_stop(place, single):
+    """SIGKILL of one ends the other, SIGTERM of one stops both at the same step; then one process
+    alone, of as many devices, goes on from their checkpoints to the same result."""
+    out = place / "disturbed"
+    again = ("run", "--config", str(place / "tiny.yaml"), f"out={out}")
+
+    started = start(place, 2, *again)
+    wait_for(place, started, out / "search" / "metrics.jsonl", 6)
+    started[1].send_signal(signal.SIGKILL)
+    begun = time.monotonic()
+    codes = finish(place, started)
+    assert codes[0] not in (0, 2) and codes[1] == -signal.SIGKILL
+    assert time.monotonic() - begun < 2 * processes.HEARTBEAT_S
+
+    started = start(place, 2, *again)
+    wait_for(place, started, out / "distill" / "metrics.jsonl", 3)
+    started[1].send_signal(signal.SIGTERM)
+    assert finish(place, started) == [128 + signal.SIGTERM] * 2, said(place)
+    assert "told to stop: saving step" in said(place)
+
+    run(place, 1, "run", f"out={out}", devices=2)
+    assert "distill: going on from the checkpoint of step" in said(place)
+    same_results(out, single)
+
+
+def test_processes_that_do_not_share_the_folder_are_told(place):
+    """What each process sees under `out` is another folder, as on hosts with disks of their own."""
+    arguments = ("search", "--config", str(place / "tiny.yaml"))
+    started = start(place, 2, *arguments, each=lambda number: f"out={place}/own-{number}")
+    codes = finish(place, started)
+    assert all(codes) and "storage that all of them share" in said(place, 1)
+
+
+def test_an_error_of_process_0_is_one_of_all(place):
+    started = start(place, 2, "search", "--config", str(place / "tiny.yaml"), f"out={ROOT}")
+    assert all(finish(place, started))
+    assert any("not empty, and not a run of e3jax" in said(place, n) for n in range(2))
