@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -20,7 +21,7 @@ COMMANDS = {
         """Runs every stage in order into the folder `out`. A stage whose finished output is there
         with the same inputs is skipped; a stage that was killed goes on from its last checkpoint.
         So the same command finishes whatever is unfinished.""",
-        ("out", "seed", "model", "mesh", "data"),
+        ("out", "seed", "deterministic", "keep_checkpoints", "model", "mesh", "data"),
     ),
     "search": (
         "stage 1: which layers to keep (writes search/mask.json)",
@@ -52,6 +53,8 @@ COMMANDS = {
         ("train", "data"),
     ),
 }
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what the user can put right
 
 
 def _keys(sections: Sequence[str]) -> str:
@@ -121,6 +124,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (UserError, Diverged) as error:
             print(f"error: {error}", file=sys.stderr)
             code = 2 if isinstance(error, UserError) else 1
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
+            where = error.filename or run.out
+            print(
+                f"error: {where}: {error.strerror}; once it can be written, give the same command",
+                file=sys.stderr,
+            )
+            code = 2
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
             code = 130

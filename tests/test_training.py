@@ -311,7 +311,7 @@ def test_a_failed_background_save_stops_the_run(tmp_path, one_device):
             steps.write_text("")
         return state, {}
 
-    with pytest.raises(Exception, match=r"checkpoints/steps"):
+    with pytest.raises(UserError, match="checkpoints: a checkpoint could not be saved: "):
         toy_fit(tmp_path, evaluate=replace)
 
 

@@ -58,10 +58,11 @@ class Checkpoints:
         Waiting for the one before keeps saves in order and lets none fail unseen.
         figures: those measured of this very state, if any were.
         """
-        self._orbax.wait()
         signed = {"state": state, "checksum": checksum(state)}
         known = {self._best: figures[self._best]} if figures and self._best in figures else None
-        self._orbax.save_async(step, signed, force=True, overwrite=True, metrics=known)
+        with self._saving():
+            self._orbax.wait()
+            self._orbax.save_async(step, signed, force=True, overwrite=True, metrics=known)
 
     def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
         """The newest checkpoint that can be read, as (step, state), or None where there is none.
@@ -99,8 +100,21 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last save and raises what it met with."""
-        self._orbax.wait()
-        self._orbax.close()
+        try:
+            with self._saving():
+                self._orbax.wait()
+        finally:
+            self._orbax.close()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a full disk or a lost mount comes as any of many types
+            raise UserError(
+                f"{self.folder}: a checkpoint could not be saved: {_reason(error)}. The one before "
+                "is whole: once the disk has room and can be written, the same command goes on"
+            ) from error
 
 
 @contextlib.contextmanager
