@@ -4,11 +4,13 @@ Every axis is explicit (`AxisType.Explicit`): shardings are part of array types,
 error while tracing, on any machine, not a silent gather on a pod.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -34,7 +36,10 @@ def make_mesh(
 ) -> jax.sharding.Mesh:
     """A (replica, data, model) mesh of explicit axes; `data=-1` takes all remaining devices.
 
-    Raises UserError when the sizes do not multiply to the number of devices.
+    Where the devices are of several slices (TPU pods joined by the data-centre network, GPU hosts
+    each with its own NVLink), `replica` is spread over the slices first, then `data`, never
+    `model`: what crosses the slow network is as little as the sizes allow.
+    Raises UserError when the sizes do not multiply to the number of devices, or not over slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     if data == -1:
@@ -44,8 +49,22 @@ def make_mesh(
             f"mesh: replica={replica} x data={data} x model={model} needs "
             f"{replica * data * model} devices and there are {len(devices)}; change the mesh sizes"
         )
-    shape = (replica, data, model)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+    shape, types = (replica, data, model), (AxisType.Explicit,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    outer = math.gcd(replica, slices)
+    across = (outer, slices // outer, 1)
+    if data % across[1]:
+        raise UserError(
+            f"mesh: replica={replica} x data={data} cannot be spread over {slices} slices of "
+            f"devices; make mesh.replica a multiple of {slices}"
+        )
+    within = [size // n for size, n in zip(shape, across, strict=True)]
+    grid = mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
+    )
+    return jax.sharding.Mesh(grid, AXES, axis_types=types)
 
 
 def current() -> jax.sharding.AbstractMesh | None:

@@ -27,6 +27,33 @@ def test_sizes_that_do_not_fit(sizes):
         mesh.make_mesh(*sizes)
 
 
+class Slices:
+    """Eight devices of two slices, four each: GPU hosts, each with an NVLink of its own."""
+
+    platform, device_kind = "gpu", "H100"
+
+    def __init__(self, number):
+        self.id, self.process_index, self.slice_index = number, number // 4, number // 4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "across"),  # the axis along which the slice changes
+    [((2, -1, 1), 0), ((2, 2, 2), 0), ((4, -1, 1), 0), ((1, -1, 1), 1), ((1, 2, 4), 1)],
+)
+def test_slices_are_crossed_by_the_outermost_axis(sizes, across):
+    grid = mesh.make_mesh(*sizes, devices=[Slices(i) for i in range(8)]).devices
+    slice_of = np.vectorize(lambda device: device.slice_index)(grid)
+    for axis in range(3):
+        crossed = np.count_nonzero(np.diff(slice_of, axis=axis))
+        # Each line along that axis changes slice once, and no other axis ever does.
+        assert crossed == (slice_of.size // slice_of.shape[axis] if axis == across else 0)
+
+
+def test_slices_that_no_axis_can_cross():
+    with pytest.raises(UserError, match=r"over 2 slices of devices; make mesh\.replica a multiple"):
+        mesh.make_mesh(1, 1, 8, devices=[Slices(i) for i in range(8)])
+
+
 def test_rules():
     assert mesh.spec(("embed", "heads", None)) == P("data", "model", None)
     assert mesh.spec(("batch", None)) == P(("replica", "data"), None)
