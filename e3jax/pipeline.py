@@ -220,7 +220,7 @@ def rehearse(job_: Job) -> None:
     folder = job_.out / ".rehearsal"
     if processes.is_first():
         shutil.rmtree(folder, ignore_errors=True)  # what a killed one left
-        folder.mkdir()
+        folder.mkdir(parents=True)
     processes.barrier("rehearsal begins")
     run = job_.run
     short = {"steps": 2, "checkpoint_every": 2}

@@ -93,7 +93,16 @@ def test_mask_and_record(place):
     mask = files.read_json(place / "out" / "search" / "mask.json")
     assert len(mask["keep"]) == 2 and sorted(mask["keep"] + mask["order"]) == [0, 1, 2, 3]
     assert mask["checkpoint"] == files.checkpoint_hash(place / "model")
-    assert [line["step"] for line in read_metrics(place / "out" / "distill")] == [0, 1, 2, 3]
+    trained, measured = steps_and_figures(place / "out")
+    assert [line["step"] for line in trained] == [0, 1, 2]
+    assert [line["step"] for line in measured] == [0, 2, 3]
+
+
+def steps_and_figures(out):
+    """The lines of a recovery's record: those of its steps, and those of held-out figures."""
+    lines = read_metrics(out / "distill")
+    assert all(("loss" in line) != ("held_out_kl" in line) for line in lines)
+    return [x for x in lines if "loss" in x], [x for x in lines if "loss" not in x]
 
 
 @pytest.mark.parametrize("name", ["export", "export-raw"])
@@ -240,18 +249,16 @@ def test_distillation_from_a_teacher_cache(copy, place, monkeypatch, caplog):
     assert told(caplog).count("teacher cache: ") == 2  # its size beforehand, its mass after
     rows = files.read_json(copy / "evaluate" / "results.json")
     assert all(np.isfinite([row["kl"], row["perplexity"]]).all() for row in rows)
-    train = read_metrics(copy / "distill")
-    assert all(np.isfinite(line["loss"]) for line in train if "loss" in line)
-    online = read_metrics(place / "out" / "distill")
+    train, _ = steps_and_figures(copy)
+    assert all(np.isfinite(line["loss"]) for line in train)
+    online, _ = steps_and_figures(place / "out")
     assert train[0]["nll"] == pytest.approx(online[0]["nll"], rel=1e-5)  # the same first batch
     assert train[0]["loss"] != online[0]["loss"]
 
     shutil.rmtree(copy / "distill")
     monkeypatch.setattr("e3jax.data.teacher.TeacherCache.write", None)
     assert command(place, "distill", *again) == 0
-    assert [x["loss"] for x in read_metrics(copy / "distill") if "loss" in x] == [
-        x["loss"] for x in train if "loss" in x
-    ]
+    assert [x["loss"] for x in steps_and_figures(copy)[0]] == [x["loss"] for x in train]
 
 
 def test_train_from_a_checkpoint_and_from_scratch(place, tmp_path):

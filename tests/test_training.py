@@ -241,6 +241,11 @@ def restore(folder):
         return checkpoints.restore(abstract(numbers(0)))
 
 
+def told(caplog):
+    """What this program logged; Orbax leaves tasks behind that complain when they are collected."""
+    return [r.getMessage() for r in caplog.records if r.name.startswith("e3jax")]
+
+
 def torn(path, how):
     if how == "delete":
         path.unlink()
@@ -259,10 +264,10 @@ def test_a_torn_checkpoint_is_told_and_the_one_before_used(saved, caplog, what, 
     step, state = restore(saved)
     assert step == 2
     assert_bitwise(state, numbers(2))
-    assert "step 3 cannot be read: " in caplog.text
+    assert len(told(caplog)) == 1 and "step 3 cannot be read: " in told(caplog)[0]
     caplog.clear()
     assert restore(saved)[0] == 2
-    assert not caplog.text
+    assert not told(caplog)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
