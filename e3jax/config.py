@@ -40,8 +40,7 @@ class Model:
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="compute dtype")
     remat: Literal["none", "selective", "layer"] = Field(
         default="layer",
-        description="what backward recomputes: nothing, the mlp and what is cheap, or each layer"
-        " from its input",
+        description="what backward recomputes: nothing, mostly the mlp, or each layer",
     )
 
 

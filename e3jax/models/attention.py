@@ -10,6 +10,7 @@ from e3jax import mesh
 from e3jax.models import splash
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+AttendOfKind = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def precision(dtype: Any) -> jax.lax.Precision | None:
@@ -19,21 +20,17 @@ def precision(dtype: Any) -> jax.lax.Precision | None:
 
 def make_attention(
     segments_bt: jax.Array, windows: Sequence[int | None], head_dim: int
-) -> Callable[..., jax.Array]:
+) -> AttendOfKind:
     """A (kind, q [B, T, K, G, H], k and v [B, T, K, H]) -> [B, T, K, G, H]: rows see themselves.
 
-    kind: int32 scalar, which of the distinct `windows` this layer has. On a mesh of TPUs the splash
+    kind: int32 scalar, which of the distinct `windows` the layer has. On a mesh of TPUs the splash
     kernel, one for each window; else dense masks, made here once for all layers.
     """
     if mesh.platform() == "tpu" and splash.suits(segments_bt.shape[1], head_dim):
-
-        def kernel(window: int | None) -> Attend:
-            return lambda q, k, v: splash.attention(q, k, v, segments_bt, window)
-
-        branches = [kernel(window) for window in windows]
-        return lambda kind, *qkv: jax.lax.switch(kind, branches, *qkv)
+        kernels = [splash.make_attention(segments_bt, window) for window in windows]
+        return lambda kind, q, k, v: jax.lax.switch(kind, kernels, q, k, v)
     masks = [causal_mask(segments_bt, window) for window in windows]
-    return lambda kind, *qkv: attend(*qkv, select_mask(kind, masks))
+    return lambda kind, q, k, v: attend(q, k, v, select_mask(kind, masks))
 
 
 def causal_mask(

@@ -37,8 +37,6 @@ def make_greedy(
 
     Rows hold the generated ids up to and including the first of `eos`, then -1.
     """
-    kinds, kind_l = decoder.window_kinds(cfg)
-    eos_ids = jnp.asarray(list(eos) or [-1], jnp.int32)
 
     def next_token(params: Params, h_btd: jax.Array) -> jax.Array:
         h = decoder.rms_norm(h_btd[:, -1:], params["final_norm"], cfg.norm_eps)
@@ -78,12 +76,15 @@ def make_greedy(
             return (h, cache), None
 
         h = decoder.embed(params, tokens, dtype)
-        index_l = jnp.arange(cfg.num_layers)
-        (h, cache), _ = jax.lax.scan(body, (h, cache), (params["layers"], kind_l, index_l))
+        _, kind_l = decoder.window_kinds(cfg)
+        xs = (params["layers"], kind_l, jnp.arange(cfg.num_layers))
+        (h, cache), _ = jax.lax.scan(body, (h, cache), xs)
         return h, cache
 
     @jax.jit
     def greedy(params: Params, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+        kinds, _ = decoder.window_kinds(cfg)
+        eos_ids = jnp.asarray(list(eos) or [-1], jnp.int32)
         rows, width = tokens.shape
         total = width + max_new_tokens
         shape = (cfg.num_layers, rows, total, cfg.num_kv_heads, cfg.head_dim)

@@ -5,9 +5,13 @@ sliding window hides are neither fetched nor multiplied, and no [T, T] array exi
 backward. Documents of a packed row are told apart by their segment ids.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+from jax.sharding import PartitionSpec as P
 
 from e3jax import mesh
 from e3jax.models import recompute
@@ -33,30 +37,55 @@ def blocks(time: int) -> tuple[int, int]:
     return -(-time // (count * LANES)) * LANES, count
 
 
-def attention(
-    q_btkgh: jax.Array,
-    k_btkh: jax.Array,
-    v_btkh: jax.Array,
-    segments_bt: jax.Array,
-    window: int | None,
-) -> jax.Array:
-    """softmax(q k / sqrt(H)) v over the keys of the query's own segment, none later, and within
-    `window` tokens; [B, T, K, G, H] like q, in its dtype.
+def make_attention(segments_bt: jax.Array, window: int | None) -> Callable[..., jax.Array]:
+    """A (q [B, T, K, G, H], k and v [B, T, K, H]) -> [B, T, K, G, H], in q's dtype.
 
-    Each device runs the kernel on its own rows and heads. Padding (segment 0) attends to padding,
-    so that every query sees a key. Interpreted, slowly, where the mesh is not of TPUs.
+    softmax(q k / sqrt(H)) v over the keys of the query's own segment, none later, and none more
+    than `window` - 1 tokens back. Each device runs the kernel on its own rows and heads. Padding
+    (segment 0) attends to padding, so that every query sees a key. Where the mesh is not of TPUs
+    the kernel is interpreted, slowly.
     """
-    heads = lambda x: mesh.spec(("batch", None, "heads", None, None)[: x.ndim], x.shape)  # noqa: E731
-    local = lambda *arrays: _local(*arrays, window)  # noqa: E731
-    if mesh.current() is not None:
-        rows = mesh.spec(("batch", None), segments_bt.shape)
-        local = jax.shard_map(
-            local,
-            in_specs=(heads(q_btkgh), heads(k_btkh), heads(v_btkh), rows),
-            out_specs=heads(q_btkgh),
-            check_vma=False,  # the kernel's outputs do not say over which axes they vary
-        )
-    return local(q_btkgh, k_btkh, v_btkh, segments_bt)
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        attend = functools.partial(_local, window=window)
+        if q.dtype == jnp.float32:
+            attend = _exact(attend)
+        if mesh.current() is not None:
+            place = mesh.spec(("batch", None, "heads", None, None), q.shape)
+            attend = jax.shard_map(
+                attend,
+                in_specs=(place, P(*place[:4]), P(*place[:4]), P(*place[:2])),
+                out_specs=place,
+                check_vma=False,  # the kernel's outputs do not say over which axes they vary
+            )
+        return attend(q, k, v, segments_bt)
+
+    return attention
+
+
+def _exact(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """float32 multiplied as float32, forward and backward; a TPU would do it in bfloat16.
+
+    The kernel takes no precision, and jax.default_matmul_precision around the call of a function
+    does not reach its derivative: so that is taken here.
+    """
+    highest = functools.partial(jax.default_matmul_precision, "highest")
+
+    @jax.custom_vjp
+    def exact(*arrays: jax.Array) -> jax.Array:
+        with highest():
+            return attend(*arrays)
+
+    def forward(*arrays: jax.Array) -> tuple[jax.Array, Callable]:
+        with highest():
+            return jax.vjp(attend, *arrays)
+
+    def backward(pull: Callable, g: jax.Array) -> tuple:
+        with highest():
+            return pull(g)
+
+    exact.defvjp(forward, backward)
+    return exact
 
 
 def _local(
