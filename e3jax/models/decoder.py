@@ -186,11 +186,12 @@ def attention(
         q, k, v = (
             y + w[f"{n}_bias"].astype(y.dtype) for n, y in zip("qkv", (q, k, v), strict=True)
         )
+    q, k, v = map(recompute.keep, (q, k, v))  # before the norm, whose backward asks for its input
     if cfg.qk_norm:
         q = rms_norm(q, w["q_norm"], cfg.norm_eps)
         k = rms_norm(k, w["k_norm"], cfg.norm_eps)
     q, k = rope.rotate(q, cos_sin), rope.rotate(k, cos_sin)
-    y = attend(*map(recompute.keep, (q, k, v)))
+    y = attend(q, k, v)
     y = _project("btkgh,kghd->btd", y, w["o"], ("batch", None, None))
     return y + w["o_bias"].astype(y.dtype) if cfg.out_bias else y
 
