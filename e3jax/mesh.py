@@ -73,6 +73,15 @@ def current() -> jax.sharding.AbstractMesh | None:
     return None if mesh.empty else mesh
 
 
+def platform() -> str | None:
+    """What the mesh that is set is made of, such as "tpu"; None where no mesh or device says it.
+
+    Compiled ahead of time for a TPU this is "tpu", while jax.default_backend() is the host's own.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return None if device is None else device.platform
+
+
 def axis_size(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
     """Devices along a spec entry."""
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes

@@ -11,7 +11,7 @@ import pytest
 from e3jax import config, mesh
 from e3jax.errors import UserError
 from e3jax.models import decoder, rope
-from e3jax.models.attention import causal_mask
+from e3jax.models.attention import attend, causal_mask
 from e3jax.search import gumbel, search
 from training_tiny import CFG, dense_params, random_batch, set_mesh
 
@@ -110,10 +110,11 @@ def multiplied(params, batch, m_bl):
     """Hidden states with h + m (Layer(h) - h) written out, no custom derivative."""
     angles = rope.angles(batch.positions, CFG.rope, CFG.head_dim)
     mask = causal_mask(batch.segments, None)
+    see = lambda q, k, v: attend(q, k, v, mask)
 
     def body(h, xs):
         w, m_b = xs
-        y = decoder.layer(w, h, angles, mask, CFG)
+        y = decoder.layer(w, h, angles, see, CFG)
         return h + m_b[:, None, None] * (y - h), None
 
     h, _ = jax.lax.scan(body, params["embed"][batch.tokens], (params["layers"], m_bl.T))

@@ -1,22 +1,66 @@
-"""Causal grouped-query attention over packed rows."""
+"""Causal grouped-query attention over packed rows: who sees whom, and which program computes it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from e3jax import mesh
+from e3jax.models import splash
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+AttendOfKind = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def causal_mask(segments_bt: jax.Array, window: int | None) -> jax.Array:
-    """Bool [B, T, T]: query t may see key s: same document, not later, within `window` tokens."""
-    t = jnp.arange(segments_bt.shape[1])
-    visible = t[:, None] >= t[None, :]
+def precision(dtype: Any) -> jax.lax.Precision | None:
+    """float32 means float32: without this an accelerator multiplies in tf32 or bfloat16."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def make_attention(
+    segments_bt: jax.Array, windows: Sequence[int | None], head_dim: int
+) -> AttendOfKind:
+    """A (kind, q [B, T, K, G, H], k and v [B, T, K, H]) -> [B, T, K, G, H]: rows see themselves.
+
+    kind: int32 scalar, which of the distinct `windows` the layer has. On a mesh of TPUs the splash
+    kernel, one for each window; else dense masks, made here once for all layers.
+    """
+    if mesh.platform() == "tpu" and splash.suits(segments_bt.shape[1], head_dim):
+        kernels = [splash.make_attention(segments_bt, window) for window in windows]
+        return lambda kind, q, k, v: jax.lax.switch(kind, kernels, q, k, v)
+    masks = [causal_mask(segments_bt, window) for window in windows]
+    return lambda kind, q, k, v: attend(q, k, v, select_mask(kind, masks))
+
+
+def causal_mask(
+    segments_bs: jax.Array,
+    window: int | None,
+    first: jax.Array | int = 0,
+    count: int | None = None,
+) -> jax.Array:
+    """Bool [B, T, S]: query t may see key s: same document, not later, within `window` tokens.
+
+    The queries are the tokens `first` to `first + count` of the row; by default all.
+    """
+    s = jnp.arange(segments_bs.shape[1])
+    count = len(s) if count is None else count
+    t, segments_bt = (
+        jax.lax.dynamic_slice_in_dim(x, first, count, axis=-1) for x in (s, segments_bs)
+    )
+    visible = t[:, None] >= s[None, :]
     if window is not None:
-        visible &= t[:, None] - t[None, :] < window
-    return visible & (segments_bt[:, :, None] == segments_bt[:, None, :])
+        visible &= t[:, None] - s[None, :] < window
+    return visible & (segments_bt[:, :, None] == segments_bs[:, None, :])
+
+
+def select_mask(kind: jax.Array, masks: Sequence[jax.Array]) -> jax.Array:
+    """The mask of a layer's kind."""
+    return masks[0] if len(masks) == 1 else jax.lax.select_n(kind, *masks)
 
 
 def attend(
-    q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bts: jax.Array, precision=None
+    q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bts: jax.Array
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v, scores and softmax in float32; returns [B, T, K, G, H] like q.
 
@@ -32,7 +76,7 @@ def attend(
         "bkqh,bksh->bkqs",
         q,
         k,
-        precision=precision,
+        precision=precision(q.dtype),
         preferred_element_type=jnp.float32,
         out_sharding=place,
     )
@@ -40,5 +84,5 @@ def attend(
     scores = jnp.where(mask_bts[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     weights = weights.reshape(rows, kv_heads, groups * time, -1)
-    y = jnp.einsum("bkqs,bksh->bkqh", weights, v, precision=precision, out_sharding=place)
+    y = jnp.einsum("bkqs,bksh->bkqh", weights, v, precision=precision(v.dtype), out_sharding=place)
     return y.reshape(rows, kv_heads, groups, time, width).transpose(0, 3, 1, 2, 4)

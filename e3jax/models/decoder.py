@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from e3jax import mesh
-from e3jax.models import rope
-from e3jax.models.attention import attend, causal_mask
+from e3jax.models import recompute, rope
+from e3jax.models.attention import Attend, make_attention, precision
 from e3jax.models.config import ModelConfig
 from e3jax.models.gate import apply_gate
 
@@ -148,11 +148,6 @@ def take_layers(params: Params, keep: Sequence[int]) -> Params:
     return {**params, "layers": jax.tree.map(lambda w: w[index], params["layers"])}
 
 
-def _precision(dtype: Any) -> jax.lax.Precision | None:
-    """float32 means float32: without this an accelerator multiplies in tf32 or bfloat16."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-
-
 def _project(expr: str, x: jax.Array, w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """einsum of activations and a weight, in the activations' dtype, with the result's sharding."""
     shape = jax.eval_shape(lambda a, b: jnp.einsum(expr, a, b), *map(_untyped, (x, w))).shape
@@ -160,7 +155,7 @@ def _project(expr: str, x: jax.Array, w: jax.Array, axes: tuple[str | None, ...]
         expr,
         x,
         w.astype(x.dtype),
-        precision=_precision(x.dtype),
+        precision=precision(x.dtype),
         out_sharding=mesh.out(axes, shape),
     )
 
@@ -176,18 +171,14 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (wide * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-Extend = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-
-
 def attention(
     w: Params,
     x_btd: jax.Array,
     cos_sin: tuple[jax.Array, jax.Array],
-    mask_bts: jax.Array,
+    attend: Attend,
     cfg: ModelConfig,
-    extend: Extend = lambda k, v: (k, v),
 ) -> jax.Array:
-    """Self-attention. `extend` turns the new keys and values into all there are (a KV cache)."""
+    """Self-attention; `attend` knows who sees whom, and in decoding the keys that came before."""
     q = _project("btd,dkgh->btkgh", x_btd, w["q"], ("batch", None, "heads", None, None))
     k = _project("btd,dkh->btkh", x_btd, w["k"], ("batch", None, "heads", None))
     v = _project("btd,dkh->btkh", x_btd, w["v"], ("batch", None, "heads", None))
@@ -199,8 +190,7 @@ def attention(
         q = rms_norm(q, w["q_norm"], cfg.norm_eps)
         k = rms_norm(k, w["k_norm"], cfg.norm_eps)
     q, k = rope.rotate(q, cos_sin), rope.rotate(k, cos_sin)
-    k, v = extend(k, v)
-    y = attend(q, k, v, mask_bts, _precision(x_btd.dtype))
+    y = attend(*map(recompute.keep, (q, k, v)))
     y = _project("btkgh,kghd->btd", y, w["o"], ("batch", None, None))
     return y + w["o_bias"].astype(y.dtype) if cfg.out_bias else y
 
@@ -220,13 +210,12 @@ def layer(
     w: Params,
     h_btd: jax.Array,
     cos_sin: tuple[jax.Array, jax.Array],
-    mask_bts: jax.Array,
+    attend: Attend,
     cfg: ModelConfig,
-    extend: Extend = lambda k, v: (k, v),
 ) -> jax.Array:
     """One decoder layer, residual stream in and out; `w` has no layer axis."""
     x = rms_norm(h_btd, w["attn_norm"], cfg.norm_eps)
-    h_btd = h_btd + attention(w, x, cos_sin, mask_bts, cfg, extend)
+    h_btd = h_btd + attention(w, x, cos_sin, attend, cfg)
     return h_btd + mlp(w, rms_norm(h_btd, w["mlp_norm"], cfg.norm_eps), cfg)
 
 
@@ -265,7 +254,7 @@ def hidden(
     assert gates_bl is None or layer_ids is None, "gates are for the whole stack"
     cos_sin = rope.angles(batch.positions, cfg.rope, cfg.head_dim)
     kinds, kind_l = window_kinds(cfg)
-    masks = [causal_mask(batch.segments, window) for window in kinds]
+    attend = make_attention(batch.segments, kinds, cfg.head_dim)
     gates_lb = None if gates_bl is None else gates_bl.T
 
     def body(h: jax.Array, xs: tuple) -> tuple[jax.Array, Any]:
@@ -273,13 +262,11 @@ def hidden(
         if layer_ids is not None:
             w = jax.tree.map(lambda stack: stack[kind], params["layers"])
             kind = kind_l[kind]
-        mask = masks[0] if len(kinds) == 1 else jax.lax.select_n(kind, *masks)
-        y = layer(w, h, cos_sin, mask, cfg)
+        y = layer(w, h, cos_sin, functools.partial(attend, kind), cfg)
         stats = None if observe is None else observe(h, y)
         return (y if gate_b is None else apply_gate(h, y, gate_b)), stats
 
-    if remat == "layer":
-        body = jax.checkpoint(body, prevent_cse=False)
+    body = recompute.checkpoint(body, remat)
     h = embed(params, batch.tokens, dtype)
     if layer_ids is None:
         xs = (params["layers"], kind_l, gates_lb)
@@ -301,7 +288,7 @@ def unembed(h_btd: jax.Array, head_dv: jax.Array) -> jax.Array:
         "btd,dv->btv",
         h_btd,
         head_dv.astype(h_btd.dtype),
-        precision=_precision(h_btd.dtype),
+        precision=precision(h_btd.dtype),
         preferred_element_type=jnp.float32,
         out_sharding=mesh.out(("batch", None, "vocab"), (*h_btd.shape[:2], head_dv.shape[1])),
     )

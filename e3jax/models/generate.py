@@ -12,10 +12,11 @@ import numpy as np
 
 from e3jax import mesh, processes
 from e3jax.models import decoder, rope
-from e3jax.models.attention import causal_mask
+from e3jax.models.attention import attend, causal_mask, make_attention, select_mask
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Params
 
+Cache = tuple[jax.Array, jax.Array]  # keys and values
 CACHE = (None, "batch", None, "heads", None)  # [L, B, S, K, H]
 
 
@@ -36,8 +37,6 @@ def make_greedy(
 
     Rows hold the generated ids up to and including the first of `eos`, then -1.
     """
-    kinds, kind_l = decoder.window_kinds(cfg)
-    eos_ids = jnp.asarray(list(eos) or [-1], jnp.int32)
 
     def next_token(params: Params, h_btd: jax.Array) -> jax.Array:
         h = decoder.rms_norm(h_btd[:, -1:], params["final_norm"], cfg.norm_eps)
@@ -50,37 +49,42 @@ def make_greedy(
         params: Params,
         tokens: jax.Array,
         positions: jax.Array,
-        masks: list[jax.Array],
-        cache: tuple[jax.Array, jax.Array],
+        cache: Cache,
         column: jax.Array | int,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Runs all layers on new tokens whose keys and values go to `column` of the cache on."""
+        see: Callable[..., jax.Array],
+    ) -> tuple[jax.Array, Cache]:
+        """Runs all layers on new tokens whose keys and values go to `column` of the cache on.
+
+        see: attention as (kind of layer, q, (k, v) of the new tokens, (k, v) of the whole cache).
+        """
         cos_sin = rope.angles(positions, cfg.rope, cfg.head_dim)
 
         def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
             h, cache = carry
             w, kind, index = xs
 
-            def extend(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+            def extend_and_see(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
                 nonlocal cache
                 at = (index, 0, column, 0, 0)
                 cache = tuple(
                     jax.lax.dynamic_update_slice(stack, new[None], at)
                     for stack, new in zip(cache, (k, v), strict=True)
                 )
-                return cache[0][index], cache[1][index]
+                return see(kind, q, (k, v), (cache[0][index], cache[1][index]))
 
-            mask = masks[0] if len(masks) == 1 else jax.lax.select_n(kind, *masks)
-            h = decoder.layer(w, h, cos_sin, mask, cfg, extend)
+            h = decoder.layer(w, h, cos_sin, extend_and_see, cfg)
             return (h, cache), None
 
         h = decoder.embed(params, tokens, dtype)
-        index_l = jnp.arange(cfg.num_layers)
-        (h, cache), _ = jax.lax.scan(body, (h, cache), (params["layers"], kind_l, index_l))
+        _, kind_l = decoder.window_kinds(cfg)
+        xs = (params["layers"], kind_l, jnp.arange(cfg.num_layers))
+        (h, cache), _ = jax.lax.scan(body, (h, cache), xs)
         return h, cache
 
     @jax.jit
     def greedy(params: Params, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+        kinds, _ = decoder.window_kinds(cfg)
+        eos_ids = jnp.asarray(list(eos) or [-1], jnp.int32)
         rows, width = tokens.shape
         total = width + max_new_tokens
         shape = (cfg.num_layers, rows, total, cfg.num_kv_heads, cfg.head_dim)
@@ -90,10 +94,13 @@ def make_greedy(
         pad = width - jnp.sum(segments, axis=1)
         # Padding is segment 0; what will be generated belongs to the prompt's segment, 1.
         ahead = jnp.pad(segments, ((0, 0), (0, max_new_tokens)), constant_values=1)
-        masks = [causal_mask(ahead, window) for window in kinds]
         positions = jnp.maximum(jnp.arange(width)[None] - pad[:, None], 0)
-        prefill = [mask[:, :width] for mask in masks]
-        h, cache = forward(params, tokens, positions, prefill, cache, 0)
+        among_prompt = make_attention(segments, kinds, cfg.head_dim)
+
+        def see_prompt(kind: jax.Array, q: jax.Array, new: Cache, _: Cache) -> jax.Array:
+            return among_prompt(kind, q, *new)
+
+        h, cache = forward(params, tokens, positions, cache, 0, see_prompt)
         first = next_token(params, h)
         answer = jnp.pad(tokens[:, :0], ((0, 0), (0, max_new_tokens)), constant_values=-1)
 
@@ -107,10 +114,13 @@ def make_greedy(
             answer = jax.lax.dynamic_update_slice(answer, token[:, None], (0, step))
             done |= jnp.any(token[:, None] == eos_ids, axis=1)
             column = width + step
-            now = [jax.lax.dynamic_slice_in_dim(mask, column, 1, 1) for mask in masks]
-            h, cache = forward(
-                params, jnp.maximum(token, 0)[:, None], (column - pad)[:, None], now, cache, column
-            )
+            masks = [causal_mask(ahead, window, column, 1) for window in kinds]
+
+            def see_cache(kind: jax.Array, q: jax.Array, _: Cache, cache: Cache) -> jax.Array:
+                return attend(q, *cache, select_mask(kind, masks))
+
+            token, position = jnp.maximum(token, 0)[:, None], (column - pad)[:, None]
+            h, cache = forward(params, token, position, cache, column, see_cache)
             return step + 1, next_token(params, h), done, answer, cache
 
         state = (jnp.int32(0), first, jnp.zeros_like(first, bool), answer, cache)
