@@ -21,11 +21,14 @@ BATCH = ("replica", "data")
 
 # Logical axis -> mesh axes. FSDP shards the width of every weight over `data`; tensor parallelism
 # shards heads, mlp and vocabulary over `model`; rows of a batch are spread over both data axes.
+# Of key-value heads and the query heads of each (groups), the first that `model` divides takes it:
+# with few key-value heads, queries and outputs are sharded and keys and values replicated.
 RULES: dict[str, str | tuple[str, ...]] = {
     "batch": BATCH,
     "device": AXES,
     "embed": "data",
     "heads": "model",
+    "groups": "model",
     "mlp": "model",
     "vocab": "model",
 }
@@ -89,17 +92,21 @@ def axis_size(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | Non
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int] | None = None) -> P:
-    """Logical axes -> PartitionSpec by RULES.
+    """Logical axes -> PartitionSpec by RULES; an axis of the mesh goes to the first that names it.
 
-    With `shape` and a mesh set, a dimension that the mesh axis does not divide is replicated.
+    With `shape` and a mesh set, it goes to the first whose size it divides, and to none where there
+    is none: the array is then replicated over it.
     """
-    entries = [None if a is None else RULES.get(a) for a in axes]
-    mesh = current()
-    if shape is not None and mesh is not None:
-        entries = [
-            e if size % axis_size(mesh, e) == 0 else None
-            for e, size in zip(entries, shape, strict=True)
-        ]
+    mesh = current() if shape is not None else None
+    sizes = [None] * len(axes) if shape is None else shape
+    entries, free = [], set(AXES)
+    for name, size in zip(axes, sizes, strict=True):
+        entry = None if name is None else RULES[name]
+        wanted = {entry} if isinstance(entry, str) else set(entry or ())
+        fits = mesh is None or size is None or size % axis_size(mesh, entry) == 0
+        entries.append(entry if wanted and wanted <= free and fits else None)
+        if entries[-1] is not None:
+            free -= wanted
     return P(*entries)
 
 

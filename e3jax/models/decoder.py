@@ -63,17 +63,17 @@ def param_table(cfg: ModelConfig) -> Params:
 
     layers = {
         "attn_norm": layer((D,), (None,), None),
-        "q": layer((D, K, G, H), ("embed", "heads", None, None), std),
+        "q": layer((D, K, G, H), ("embed", "heads", "groups", None), std),
         "k": layer((D, K, H), ("embed", "heads", None), std),
         "v": layer((D, K, H), ("embed", "heads", None), std),
-        "o": layer((K, G, H, D), ("heads", None, None, "embed"), std_out),
+        "o": layer((K, G, H, D), ("heads", "groups", None, "embed"), std_out),
         "mlp_norm": layer((D,), (None,), None),
         "gate": layer((D, F), ("embed", "mlp"), std),
         "up": layer((D, F), ("embed", "mlp"), std),
         "down": layer((F, D), ("mlp", "embed"), std_out),
     }
     if cfg.qkv_bias:
-        layers["q_bias"] = layer((K, G, H), ("heads", None, None), 0.0)
+        layers["q_bias"] = layer((K, G, H), ("heads", "groups", None), 0.0)
         layers["k_bias"] = layer((K, H), ("heads", None), 0.0)
         layers["v_bias"] = layer((K, H), ("heads", None), 0.0)
     if cfg.out_bias:
@@ -179,7 +179,7 @@ def attention(
     cfg: ModelConfig,
 ) -> jax.Array:
     """Self-attention; `attend` knows who sees whom, and in decoding the keys that came before."""
-    q = _project("btd,dkgh->btkgh", x_btd, w["q"], ("batch", None, "heads", None, None))
+    q = _project("btd,dkgh->btkgh", x_btd, w["q"], ("batch", None, "heads", "groups", None))
     k = _project("btd,dkh->btkh", x_btd, w["k"], ("batch", None, "heads", None))
     v = _project("btd,dkh->btkh", x_btd, w["v"], ("batch", None, "heads", None))
     if cfg.qkv_bias:

@@ -51,10 +51,11 @@ def make_attention(segments_bt: jax.Array, window: int | None) -> Callable[..., 
         if q.dtype == jnp.float32:
             attend = _exact(attend)
         if mesh.current() is not None:
-            place = mesh.spec(("batch", None, "heads", None, None), q.shape)
+            place = mesh.spec(("batch", None, "heads", "groups", None), q.shape)
+            keys = P(*place[:3], None)
             attend = jax.shard_map(
                 attend,
-                in_specs=(place, P(*place[:4]), P(*place[:4]), P(*place[:2])),
+                in_specs=(place, keys, keys, P(*place[:2])),
                 out_specs=place,
                 check_vma=False,  # the kernel's outputs do not say over which axes they vary
             )
