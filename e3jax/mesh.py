@@ -25,6 +25,7 @@ BATCH = ("replica", "data")
 # with few key-value heads, queries and outputs are sharded and keys and values replicated.
 RULES: dict[str, str | tuple[str, ...]] = {
     "batch": BATCH,
+    "replica_batch": "replica",
     "device": AXES,
     "embed": "data",
     "heads": "model",

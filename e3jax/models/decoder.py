@@ -221,8 +221,14 @@ def layer(
 
 def embed(params: Params, tokens: jax.Array, dtype: Any) -> jax.Array:
     """Token embeddings [B, T, D]."""
-    place = mesh.out(("batch", None, None))
-    return params["embed"].at[tokens].get(out_sharding=place).astype(dtype)
+    table, shape = params["embed"], (*tokens.shape, params["embed"].shape[1])
+    if mesh.current() is None:
+        return table[tokens].astype(dtype)
+    # Each device looks its part of the width up for all rows of its replica, then they exchange
+    # rows for width. Asked for the rows at once, XLA would replicate them over all replicas.
+    here = mesh.spec(("replica_batch", None, "embed"), shape)
+    h = table.at[tokens].get(out_sharding=here).astype(dtype)
+    return jax.sharding.reshard(h, mesh.spec(("batch", None, None)))
 
 
 def window_kinds(cfg: ModelConfig) -> tuple[tuple[int | None, ...], jax.Array]:
