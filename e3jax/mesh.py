@@ -129,6 +129,19 @@ def out(axes: Sequence[str | None], shape: Sequence[int] | None = None) -> P | N
     return None if current() is None else spec(axes, shape)
 
 
+def gather(weight: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """A weight whole over the batch axes, inside jit; other axes as the rules place them.
+
+    For one that many operations use: it is gathered once, and its gradient adds up on each device
+    (`reduced`: JAX's mark for a value whose gradient is not summed yet) and is reduced and
+    scattered once, where each operation would do both.
+    """
+    if current() is None:
+        return weight
+    whole = spec([None if a == "embed" else a for a in axes], weight.shape)
+    return jax.sharding.reshard(weight, whole.update(reduced=frozenset(BATCH)))
+
+
 def replicate(tree: Any) -> Any:
     """Every leaf whole on every device of the mesh that is set (host arrays or device arrays).
 

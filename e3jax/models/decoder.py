@@ -284,8 +284,9 @@ def hidden(
 
 
 def head(params: Params, cfg: ModelConfig) -> jax.Array:
-    """Output head [D, V], as stored."""
-    return params["embed"].T if cfg.tied else params["head"]
+    """Output head [D, V], as stored, but whole over the batch axes: all chunks of a loss use it."""
+    stored = params["embed"].T if cfg.tied else params["head"]
+    return mesh.gather(stored, ("embed", "vocab"))
 
 
 def unembed(h_btd: jax.Array, head_dv: jax.Array) -> jax.Array:
