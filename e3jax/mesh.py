@@ -111,6 +111,23 @@ def spec(axes: Sequence[str | None], shape: Sequence[int] | None = None) -> P:
     return P(*entries)
 
 
+def undivided(axes: Sequence[str | None], shape: Sequence[int]) -> list[tuple[str, int, str]]:
+    """The mesh axes that RULES name for an array and that it is replicated over for its sizes.
+
+    Each with its size and what it does not divide: ("model", 4, "heads=2, groups=3").
+    """
+    mesh, taken, found = current(), spec(axes, shape), {}
+    for name, size in zip(axes, shape, strict=True):
+        axis = None if name is None else RULES[name]
+        if mesh is not None and isinstance(axis, str) and axis_size(mesh, axis) > 1:
+            found.setdefault(axis, []).append(f"{name}={size}")
+    return [
+        (axis, mesh.shape[axis], ", ".join(sizes))
+        for axis, sizes in found.items()
+        if mesh is not None and axis not in taken
+    ]
+
+
 def sharding(
     axes: Sequence[str | None], shape: Sequence[int] | None = None
 ) -> NamedSharding | None:

@@ -95,8 +95,12 @@ def param_table(cfg: ModelConfig) -> Params:
     return table
 
 
+def _is_leaf(x: Any) -> bool:
+    return isinstance(x, Leaf)
+
+
 def _map_table(fn: Callable[[Leaf], Any], cfg: ModelConfig) -> Params:
-    return jax.tree.map(fn, param_table(cfg), is_leaf=lambda x: isinstance(x, Leaf))
+    return jax.tree.map(fn, param_table(cfg), is_leaf=_is_leaf)
 
 
 def param_specs(cfg: ModelConfig) -> Params:
@@ -114,16 +118,37 @@ def abstract_params(cfg: ModelConfig, dtype: Any = jnp.float32) -> Params:
     )
 
 
+def replicated(cfg: ModelConfig, dtype: Any) -> list[str]:
+    """A line for every size that an axis of the mesh should shard and does not divide.
+
+    dtype: of the parameters, for the bytes that a device holds of them and would hold.
+    """
+    found: dict[tuple[str, int, str], dict[str, int]] = {}  # axis, its size, dimensions: leaves
+    for path, leaf in jax.tree.leaves_with_path(param_table(cfg), is_leaf=_is_leaf):
+        for why in mesh.undivided(leaf.axes, leaf.shape):
+            place = mesh.sharding(leaf.axes, leaf.shape)
+            assert place is not None  # a mesh is set
+            held = math.prod(place.shard_shape(leaf.shape)) * jnp.dtype(dtype).itemsize
+            found.setdefault(why, {})[path[-1].key] = held
+    lines = []
+    for (axis, count, sizes), held in found.items():
+        gb = sum(held.values()) / 1e9
+        lines.append(
+            f"mesh.{axis}={count} does not divide {sizes}; replicated over it: {', '.join(held)} "
+            f"({gb:.3g} GB a device instead of {gb / count:.3g})"
+        )
+    return lines
+
+
 def count_params(cfg: ModelConfig) -> int:
     """Parameters, a tied head counted once."""
-    leaves = jax.tree.leaves(param_table(cfg), is_leaf=lambda x: isinstance(x, Leaf))
+    leaves = jax.tree.leaves(param_table(cfg), is_leaf=_is_leaf)
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def init_params(key: jax.Array, cfg: ModelConfig, dtype: Any = jnp.float32) -> Params:
     """Random parameters: normal matrices, unit norms, zero biases; never whole on one device."""
-    is_leaf = lambda x: isinstance(x, Leaf)  # noqa: E731
-    leaves, tree = jax.tree.flatten(param_table(cfg), is_leaf=is_leaf)
+    leaves, tree = jax.tree.flatten(param_table(cfg), is_leaf=_is_leaf)
 
     def draw(key: jax.Array) -> Params:
         keys = jax.random.split(key, len(leaves))
