@@ -6,6 +6,7 @@ import fcntl
 import functools
 import hashlib
 import itertools
+import logging
 import os
 import pathlib
 import secrets
@@ -23,8 +24,11 @@ from e3jax.data import text
 from e3jax.data.windows import Windows
 from e3jax.errors import UserError
 from e3jax.hf import families, load
+from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Batch, Params
+
+log = logging.getLogger(__name__)
 
 BATCH_FIELDS = tuple(f.name for f in dataclasses.fields(Batch))
 LOCK = ".lock"  # held by the process that writes in a run folder
@@ -99,6 +103,7 @@ def open_job(run: config.Run) -> Job:
     cfg = families.read_config(source)
     check_window(run, cfg)
     load.check_vocabulary(source, cfg)
+    tell_replicated(cfg, load.source_dtype(source))
     return Job(
         run=run,
         out=pathlib.Path(run.out).expanduser(),
@@ -108,6 +113,12 @@ def open_job(run: config.Run) -> Job:
         params=load.load_params(source, cfg),
         tokenizer=text.load_tokenizer(source),
     )
+
+
+def tell_replicated(cfg: ModelConfig, dtype: str) -> None:
+    """Logs which parameters the mesh does not divide, and what that costs."""
+    for line in decoder.replicated(cfg, dtype):
+        log.info("%s", line)
 
 
 def check_window(run: config.Run, cfg: ModelConfig) -> None:

@@ -21,11 +21,15 @@ BATCH = ("replica", "data")
 
 # Logical axis -> mesh axes. FSDP shards the width of every weight over `data`; tensor parallelism
 # shards heads, mlp and vocabulary over `model`; rows of a batch are spread over both data axes.
+# Of key-value heads and the query heads of each (groups), the first that `model` divides takes it:
+# with few key-value heads, queries and outputs are sharded and keys and values replicated.
 RULES: dict[str, str | tuple[str, ...]] = {
     "batch": BATCH,
+    "replica_batch": "replica",
     "device": AXES,
     "embed": "data",
     "heads": "model",
+    "groups": "model",
     "mlp": "model",
     "vocab": "model",
 }
@@ -89,18 +93,39 @@ def axis_size(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | Non
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int] | None = None) -> P:
-    """Logical axes -> PartitionSpec by RULES.
+    """Logical axes -> PartitionSpec by RULES; an axis of the mesh goes to the first that names it.
 
-    With `shape` and a mesh set, a dimension that the mesh axis does not divide is replicated.
+    With `shape` and a mesh set, it goes to the first whose size it divides, and to none where there
+    is none: the array is then replicated over it.
     """
-    entries = [None if a is None else RULES.get(a) for a in axes]
-    mesh = current()
-    if shape is not None and mesh is not None:
-        entries = [
-            e if size % axis_size(mesh, e) == 0 else None
-            for e, size in zip(entries, shape, strict=True)
-        ]
+    mesh = current() if shape is not None else None
+    sizes = [None] * len(axes) if shape is None else shape
+    entries, free = [], set(AXES)
+    for name, size in zip(axes, sizes, strict=True):
+        entry = None if name is None else RULES[name]
+        wanted = {entry} if isinstance(entry, str) else set(entry or ())
+        fits = mesh is None or size is None or size % axis_size(mesh, entry) == 0
+        entries.append(entry if wanted and wanted <= free and fits else None)
+        if entries[-1] is not None:
+            free -= wanted
     return P(*entries)
+
+
+def undivided(axes: Sequence[str | None], shape: Sequence[int]) -> list[tuple[str, int, str]]:
+    """The mesh axes that RULES name for an array and that it is replicated over for its sizes.
+
+    Each with its size and what it does not divide: ("model", 4, "heads=2, groups=3").
+    """
+    mesh, taken, found = current(), spec(axes, shape), {}
+    for name, size in zip(axes, shape, strict=True):
+        axis = None if name is None else RULES[name]
+        if mesh is not None and isinstance(axis, str) and axis_size(mesh, axis) > 1:
+            found.setdefault(axis, []).append(f"{name}={size}")
+    return [
+        (axis, mesh.shape[axis], ", ".join(sizes))
+        for axis, sizes in found.items()
+        if mesh is not None and axis not in taken
+    ]
 
 
 def sharding(
@@ -119,6 +144,19 @@ def sharding(
 def out(axes: Sequence[str | None], shape: Sequence[int] | None = None) -> P | None:
     """`out_sharding` of an operation inside jit: the spec, or None where no mesh is set."""
     return None if current() is None else spec(axes, shape)
+
+
+def gather(weight: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """A weight whole over the batch axes, inside jit; other axes as the rules place them.
+
+    For one that many operations use: it is gathered once, and its gradient adds up on each device
+    (`reduced`: JAX's mark for a value whose gradient is not summed yet) and is reduced and
+    scattered once, where each operation would do both.
+    """
+    if current() is None:
+        return weight
+    whole = spec([None if a == "embed" else a for a in axes], weight.shape)
+    return jax.sharding.reshard(weight, whole.update(reduced=frozenset(BATCH)))
 
 
 def replicate(tree: Any) -> Any:

@@ -177,6 +177,7 @@ def train(run: config.Run, out: pathlib.Path) -> None:
         cfg = families.read_config(files.bundled(spec.config))
         tokenizer_folder = files.bundled(spec.tokenizer)
         load.check_vocabulary(tokenizer_folder, cfg)
+        job.tell_replicated(cfg, "float32")
         params = decoder.init_params(jax.random.key(run.seed), cfg)
         start = {"config": dataclasses.asdict(cfg)}
     job.check_window(run, cfg)

@@ -136,6 +136,34 @@ def test_forbidden_is_found(source, name):
     assert forbidden(ast.parse("def f():\n    import torch")) == set()
 
 
+PLACES = {"PartitionSpec", "NamedSharding", "AxisType", "P", "axis_name", "axis_names"}
+
+
+def places(tree):
+    """Where a module says itself how an array is laid out, or which axes a mesh has."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jax"):
+            yield from {alias.name for alias in node.names} & PLACES
+        elif isinstance(node, ast.Attribute) and node.attr in PLACES:
+            yield node.attr
+        elif isinstance(node, ast.keyword) and node.arg in PLACES:
+            yield node.arg
+
+
+def test_only_the_mesh_names_its_axes():
+    """One table of partition specs: all others name logical axes."""
+    found = {module: set(places(tree)) for module, tree in TREES.items()}
+    assert found.pop("e3jax.mesh") >= {"PartitionSpec", "NamedSharding", "AxisType"}
+    assert {module: names for module, names in found.items() if names} == {}
+    for source in (
+        "from jax.sharding import PartitionSpec as P",
+        "x = jax.P('model')",
+        "jax.sharding.NamedSharding(mesh, spec)",
+        "jax.shard_map(f, axis_names={'data'})",
+    ):
+        assert set(places(ast.parse(source)))
+
+
 def test_files_are_short():
     lines = {dotted(path): len(path.read_text().splitlines()) for path in FILES}
     assert {module: n for module, n in lines.items() if n > 400} == {}

@@ -80,7 +80,8 @@ def attend(
     # which XLA turns into a loop of small products.
     q = q_btkgh.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, groups * time, width)
     k, v = k_bskh.transpose(0, 2, 1, 3), v_bskh.transpose(0, 2, 1, 3)
-    place = mesh.out(("batch", "heads", None, None), (rows, kv_heads, 1, 1))
+    # The queries' axis is that of groups, times the time.
+    place = mesh.out(("batch", "heads", "groups", None), (rows, kv_heads, groups, 1))
     scores = jnp.einsum(
         "bkqh,bksh->bkqs",
         q,

@@ -63,17 +63,17 @@ def param_table(cfg: ModelConfig) -> Params:
 
     layers = {
         "attn_norm": layer((D,), (None,), None),
-        "q": layer((D, K, G, H), ("embed", "heads", None, None), std),
+        "q": layer((D, K, G, H), ("embed", "heads", "groups", None), std),
         "k": layer((D, K, H), ("embed", "heads", None), std),
         "v": layer((D, K, H), ("embed", "heads", None), std),
-        "o": layer((K, G, H, D), ("heads", None, None, "embed"), std_out),
+        "o": layer((K, G, H, D), ("heads", "groups", None, "embed"), std_out),
         "mlp_norm": layer((D,), (None,), None),
         "gate": layer((D, F), ("embed", "mlp"), std),
         "up": layer((D, F), ("embed", "mlp"), std),
         "down": layer((F, D), ("mlp", "embed"), std_out),
     }
     if cfg.qkv_bias:
-        layers["q_bias"] = layer((K, G, H), ("heads", None, None), 0.0)
+        layers["q_bias"] = layer((K, G, H), ("heads", "groups", None), 0.0)
         layers["k_bias"] = layer((K, H), ("heads", None), 0.0)
         layers["v_bias"] = layer((K, H), ("heads", None), 0.0)
     if cfg.out_bias:
@@ -95,8 +95,12 @@ def param_table(cfg: ModelConfig) -> Params:
     return table
 
 
+def _is_leaf(x: Any) -> bool:
+    return isinstance(x, Leaf)
+
+
 def _map_table(fn: Callable[[Leaf], Any], cfg: ModelConfig) -> Params:
-    return jax.tree.map(fn, param_table(cfg), is_leaf=lambda x: isinstance(x, Leaf))
+    return jax.tree.map(fn, param_table(cfg), is_leaf=_is_leaf)
 
 
 def param_specs(cfg: ModelConfig) -> Params:
@@ -114,16 +118,37 @@ def abstract_params(cfg: ModelConfig, dtype: Any = jnp.float32) -> Params:
     )
 
 
+def replicated(cfg: ModelConfig, dtype: Any) -> list[str]:
+    """A line for every size that an axis of the mesh should shard and does not divide.
+
+    dtype: of the parameters, for the bytes that a device holds of them and would hold.
+    """
+    found: dict[tuple[str, int, str], dict[str, int]] = {}  # axis, its size, dimensions: leaves
+    for path, leaf in jax.tree.leaves_with_path(param_table(cfg), is_leaf=_is_leaf):
+        for why in mesh.undivided(leaf.axes, leaf.shape):
+            place = mesh.sharding(leaf.axes, leaf.shape)
+            assert place is not None  # a mesh is set
+            held = math.prod(place.shard_shape(leaf.shape)) * jnp.dtype(dtype).itemsize
+            found.setdefault(why, {})[path[-1].key] = held
+    lines = []
+    for (axis, count, sizes), held in found.items():
+        gb = sum(held.values()) / 1e9
+        lines.append(
+            f"mesh.{axis}={count} does not divide {sizes}; replicated over it: {', '.join(held)} "
+            f"({gb:.3g} GB a device instead of {gb / count:.3g})"
+        )
+    return lines
+
+
 def count_params(cfg: ModelConfig) -> int:
     """Parameters, a tied head counted once."""
-    leaves = jax.tree.leaves(param_table(cfg), is_leaf=lambda x: isinstance(x, Leaf))
+    leaves = jax.tree.leaves(param_table(cfg), is_leaf=_is_leaf)
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def init_params(key: jax.Array, cfg: ModelConfig, dtype: Any = jnp.float32) -> Params:
     """Random parameters: normal matrices, unit norms, zero biases; never whole on one device."""
-    is_leaf = lambda x: isinstance(x, Leaf)  # noqa: E731
-    leaves, tree = jax.tree.flatten(param_table(cfg), is_leaf=is_leaf)
+    leaves, tree = jax.tree.flatten(param_table(cfg), is_leaf=_is_leaf)
 
     def draw(key: jax.Array) -> Params:
         keys = jax.random.split(key, len(leaves))
@@ -179,7 +204,7 @@ def attention(
     cfg: ModelConfig,
 ) -> jax.Array:
     """Self-attention; `attend` knows who sees whom, and in decoding the keys that came before."""
-    q = _project("btd,dkgh->btkgh", x_btd, w["q"], ("batch", None, "heads", None, None))
+    q = _project("btd,dkgh->btkgh", x_btd, w["q"], ("batch", None, "heads", "groups", None))
     k = _project("btd,dkh->btkh", x_btd, w["k"], ("batch", None, "heads", None))
     v = _project("btd,dkh->btkh", x_btd, w["v"], ("batch", None, "heads", None))
     if cfg.qkv_bias:
@@ -222,8 +247,14 @@ def layer(
 
 def embed(params: Params, tokens: jax.Array, dtype: Any) -> jax.Array:
     """Token embeddings [B, T, D]."""
-    place = mesh.out(("batch", None, None))
-    return params["embed"].at[tokens].get(out_sharding=place).astype(dtype)
+    table, shape = params["embed"], (*tokens.shape, params["embed"].shape[1])
+    if mesh.current() is None:
+        return table[tokens].astype(dtype)
+    # Each device looks its part of the width up for all rows of its replica, then they exchange
+    # rows for width. Asked for the rows at once, XLA would replicate them over all replicas.
+    here = mesh.spec(("replica_batch", None, "embed"), shape)
+    h = table.at[tokens].get(out_sharding=here).astype(dtype)
+    return jax.sharding.reshard(h, mesh.spec(("batch", None, None)))
 
 
 def window_kinds(cfg: ModelConfig) -> tuple[tuple[int | None, ...], jax.Array]:
@@ -280,8 +311,9 @@ def hidden(
 
 
 def head(params: Params, cfg: ModelConfig) -> jax.Array:
-    """Output head [D, V], as stored."""
-    return params["embed"].T if cfg.tied else params["head"]
+    """Output head [D, V], as stored, but whole over the batch axes: all chunks of a loss use it."""
+    stored = params["embed"].T if cfg.tied else params["head"]
+    return mesh.gather(stored, ("embed", "vocab"))
 
 
 def unembed(h_btd: jax.Array, head_dv: jax.Array) -> jax.Array:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
-from jax.sharding import PartitionSpec as P
 
 from e3jax import mesh
 from e3jax.models import recompute
@@ -51,10 +50,11 @@ def make_attention(segments_bt: jax.Array, window: int | None) -> Callable[..., 
         if q.dtype == jnp.float32:
             attend = _exact(attend)
         if mesh.current() is not None:
-            place = mesh.spec(("batch", None, "heads", None, None), q.shape)
+            place = mesh.spec(("batch", None, "heads", "groups", None), q.shape)
+            keys = mesh.spec(("batch", None, "heads", None), k.shape)
             attend = jax.shard_map(
                 attend,
-                in_specs=(place, P(*place[:4]), P(*place[:4]), P(*place[:2])),
+                in_specs=(place, keys, keys, mesh.spec(("batch", None))),
                 out_specs=place,
                 check_vma=False,  # the kernel's outputs do not say over which axes they vary
             )
