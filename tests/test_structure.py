@@ -23,6 +23,7 @@ ORDER = (
     {"errors"},
     {"files", "mesh"},
     {"config", "processes"},
+    {"notice"},
     {"demo", "models"},
     {"hf", "data"},
     {"training"},
