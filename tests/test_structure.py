@@ -30,7 +30,7 @@ ORDER = (
     {"distill"},
     {"search"},
     {"job", "plan"},
-    {"evaluate"},
+    {"evaluate", "teaching"},
     {"stages"},
     {"outputs", "report"},
     {"pipeline"},
