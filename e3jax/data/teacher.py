@@ -212,7 +212,8 @@ class TeacherCache:
         files = files[np.linspace(0, len(files) - 1, min(len(files), 8)).astype(int)]
         total = rows = 0
         for file in files.tolist():
-            check = self.arrays["check"][file * ROWS_PER_SHARD : (file + 1) * ROWS_PER_SHARD :]
+            end = min((file + 1) * ROWS_PER_SHARD, self.meta["rows"])
+            check = self.arrays["check"][file * ROWS_PER_SHARD : end]
             rows += int(np.count_nonzero(check.read().result()))
             for name, ends in (
                 ("ids", "/0/0"),
