@@ -27,8 +27,11 @@ STEPS = 24
 
 @pytest.fixture(scope="module")
 def configuration(tmp_path_factory):
+    return write_configuration(tmp_path_factory.mktemp("restart"))
+
+
+def write_configuration(folder):
     """A configuration file: a random model of four layers, 24 steps of search, 24 of recovery."""
-    folder = tmp_path_factory.mktemp("restart")
     cfg = dataclasses.replace(CFG, vocab_size=72, max_position=128)
     export_new(dense_params(cfg), cfg, TOKENIZER, folder / "model", card="", eos=2, pad=0)
     tree = {
