@@ -6,7 +6,6 @@ compiling, evaluating) it raises SystemExit there and then. Within `held` somebo
 """
 
 import contextlib
-import itertools
 import os
 import signal
 import socket
@@ -31,7 +30,6 @@ KEY = "e3jax/told to stop"
 
 _told = threading.Event()
 _held = 0
-_rounds = itertools.count()
 
 
 @contextlib.contextmanager
@@ -70,14 +68,14 @@ def told() -> bool:
     return _told.is_set()
 
 
-def vote() -> object:
+def vote(step: int) -> object:
     """Whether any process was told: something to call `bool` on later, so nothing waits.
 
-    All processes call it the same number of times.
+    All processes call it at every step. step: as Orbax counts them, who asks the platform too.
     """
     platform = False
     if distributed.global_state.preemption_sync_manager is not None:
-        platform = multihost_utils.reached_preemption_sync_point(next(_rounds))
+        platform = multihost_utils.reached_preemption_sync_point(step)
     return processes.vote(told() or platform)
 
 

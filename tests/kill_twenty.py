@@ -1,4 +1,4 @@
-"""Ends a short run at random moments; every restart must end with the uninterrupted result, bitwise.
+"""Ends a short run at random moments; every restart must end with the very bits of a whole run.
 
     python tests/kill_twenty.py [--times 20] [--signal KILL or TERM] [--seed 0]
 
@@ -19,6 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import jax
 import numpy as np
+
 from test_restart import final_state, start, stderr, write_configuration
 
 OVERRIDES = ("distill.teacher=cache", "distill.top_k=8", "distill.microbatch=2")

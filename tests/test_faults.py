@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import time
@@ -9,9 +11,11 @@ import time
 import pytest
 
 from e3jax import cli, config, job
-from test_restart import configuration, count, start, stderr, stop  # noqa: F401  a fixture
-from training_tiny import set_mesh
+from test_restart import ROOT, configuration, count, start, stderr  # noqa: F401  a fixture
+from test_training import lines, toy_fit
+from training_tiny import assert_bitwise, set_mesh
 
+CACHE = "distill.teacher=cache distill.top_k=8 distill.microbatch=1"
 SMALL = "search.steps=12 distill.steps=12 search.checkpoint_every=2 distill.checkpoint_every=2"
 
 
@@ -41,10 +45,10 @@ def fill(folder):
             pass
 
 
-def disturb(configuration, process, record, lines, what):  # noqa: F811
-    """Does `what` when `record` has so many lines; returns the exit code."""
+def disturb(configuration, process, there, what):  # noqa: F811
+    """Does `what` when it is `there`; returns the exit code."""
     end = time.monotonic() + 300
-    while count(record) < lines:
+    while not there():
         assert process.poll() is None, stderr(configuration)
         assert time.monotonic() < end
         time.sleep(0.002)
@@ -52,17 +56,32 @@ def disturb(configuration, process, record, lines, what):  # noqa: F811
     return process.wait(300)
 
 
-@pytest.mark.parametrize("stage", ["search", "distill"])
-def test_a_disk_that_fills_up(configuration, small_disk, stage):  # noqa: F811
+def test_a_disk_that_fills_up_in_every_stage(configuration, small_disk):  # noqa: F811
+    """In the search, the teacher cache, distillation and the export: a message, and on it goes."""
     out = small_disk / "run"
-    arguments = ("distill", f"out={out}", *SMALL.split())
-    process = start(configuration, *arguments)
-    record = out / stage / "metrics.jsonl"
-    assert disturb(configuration, process, record, 4, lambda: fill(small_disk)) == 2
-    assert "No space left on device" in stderr(configuration)
-    assert "Traceback" not in stderr(configuration)
+    overrides = (f"out={out}", *SMALL.split(), *CACHE.split())
+    search, distil = out / "search" / "metrics.jsonl", out / "distill" / "metrics.jsonl"
+    for there in (
+        lambda: count(search) >= 4,
+        lambda: "teacher cache: " in stderr(configuration),
+        lambda: count(distil) >= 4,
+    ):
+        process = start(configuration, "distill", *overrides)
+        assert disturb(configuration, process, there, lambda: fill(small_disk)) == 2
+        assert "No space left on device" in stderr(configuration)
+        assert "Traceback" not in stderr(configuration)
+        (small_disk / "filler").unlink()
+    process = start(configuration, "distill", *overrides)
+    assert process.wait(300) == 0, stderr(configuration)
+
+    fill(small_disk)
+    os.truncate(small_disk / "filler", os.path.getsize(small_disk / "filler") - 60_000)
+    process = start(configuration, "export", *overrides)
+    assert process.wait(300) == 2
+    assert re.search(r"error: .*export: needs [\d,]+ bytes", stderr(configuration))
+    assert not list(out.glob(".export*")) + list(out.glob("export*"))
     (small_disk / "filler").unlink()
-    process = start(configuration, *arguments)
+    process = start(configuration, "export", *overrides)
     assert process.wait(300) == 0, stderr(configuration)
 
 
@@ -76,7 +95,8 @@ def test_a_folder_made_read_only_midway(configuration, tmp_path):  # noqa: F811
         mount("-o", "remount,bind,ro", checkpoints)
 
     try:
-        code = disturb(configuration, process, out / "search" / "metrics.jsonl", 4, make_read_only)
+        record = out / "search" / "metrics.jsonl"
+        code = disturb(configuration, process, lambda: count(record) >= 4, make_read_only)
     finally:
         process.kill()
         subprocess.run(["umount", "-l", checkpoints], capture_output=True)
@@ -98,17 +118,47 @@ def test_a_second_run_in_the_same_folder_is_refused(configuration, tmp_path, cap
         pass  # it was let go of
 
 
-def test_sigterm_in_an_export_leaves_nothing_half_written(configuration, tmp_path):  # noqa: F811
+def test_signals_in_every_stage(configuration, tmp_path):  # noqa: F811
+    """SIGTERM and SIGKILL in the search, the teacher cache and the export (distillation:
+    test_restart.py, which compares the bits; so does kill_twenty.py for all of them)."""
     out = tmp_path / "run"
-    process = start(configuration, "export", f"out={out}", *SMALL.split())
-    end = time.monotonic() + 300
-    while not list(out.glob(".export*")):
-        assert process.poll() is None, stderr(configuration)
-        assert time.monotonic() < end
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(300) == 128 + signal.SIGTERM, stderr(configuration)
-    assert not list(out.glob("*export*")) and not list(out.glob(".export*"))
-    assert "told to stop" in stderr(configuration)
-    process = start(configuration, "export", f"out={out}", *SMALL.split())
+    overrides = (f"out={out}", *SMALL.split(), *CACHE.split())
+
+    def send(code, there):
+        process = start(configuration, "export", *overrides)
+        ended = disturb(configuration, process, there, lambda: process.send_signal(code))
+        assert ended == (-code if code == signal.SIGKILL else 128 + code), stderr(configuration)
+        if code == signal.SIGTERM:
+            assert "told to stop" in stderr(configuration)
+        assert "Traceback" not in stderr(configuration)
+
+    def exporting():
+        return bool(list(out.glob(".export*")))
+
+    send(signal.SIGTERM, lambda: count(out / "search" / "metrics.jsonl") >= 5)
+    send(signal.SIGKILL, lambda: (out / "teacher" / "ids" / "c").exists())
+    send(signal.SIGTERM, lambda: "teacher cache: " in stderr(configuration))
+    assert not (out / "teacher" / "finished.json").exists()
+    send(signal.SIGKILL, exporting)
+    assert exporting() and not (out / "export").exists()
+    for left in out.glob(".export*"):
+        left.rename(tmp_path / left.name)  # so that the next one's beginning is seen
+    send(signal.SIGTERM, exporting)
+    assert not exporting() and not (out / "export").exists()
+    process = start(configuration, "export", *overrides)
     assert process.wait(300) == 0, stderr(configuration)
     assert json.loads((out / "export" / "config.json").read_text())["num_hidden_layers"] == 3
+
+
+def test_a_clock_that_jumps(tmp_path, one_device, monkeypatch):
+    """Hours ahead, days back, at every look: same state, same record, no nonsense told."""
+    whole = toy_fit(tmp_path / "whole")
+    true, rng = time.time, random.Random(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: true() + rng.uniform(-1e5, 1e5))
+        with pytest.raises(KeyboardInterrupt):
+            toy_fit(tmp_path / "cut", 7)
+        assert_bitwise(toy_fit(tmp_path / "cut"), whole)
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    for source in (ROOT / "e3jax").rglob("*.py"):
+        assert "time.time(" not in source.read_text(), f"{source}: use time.monotonic"

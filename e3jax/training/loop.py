@@ -87,8 +87,8 @@ def fit(
             with notice.released() if step == start else contextlib.nullcontext():  # it compiles
                 state, out = step_fn(state, mesh.shard_batch(batch))
             late.settle()
-            late.step = (step, out, notice.vote())
             done = step + 1
+            late.step = (step, out, notice.vote(done))
             state, figures = measure(done, state)
             if late.stop or done % checkpoint_every == 0 or done == steps:
                 late.settle()
