@@ -302,6 +302,17 @@ def test_what_a_killed_save_left_is_ignored(saved):
     assert sorted(p.name for p in (saved / "steps").iterdir()) == ["2", "3"]
 
 
+def test_the_latest_and_the_best_stay(tmp_path, one_device):
+    """The least figure, that of the first step, outlives the later ones."""
+    figures = [3.0, 1.0, None, 2.0, 5.0, 4.0]
+    with open_checkpoints(tmp_path, {}, keep=2, best="kl") as checkpoints:
+        for step, kl in enumerate(figures):
+            checkpoints.save(step, numbers(step), None if kl is None else {"kl": kl, "x": -kl})
+    assert sorted(p.name for p in (tmp_path / "steps").iterdir()) == ["1", "4", "5"]
+    with open_checkpoints(tmp_path, {}, keep=2, best="kl") as checkpoints:
+        assert checkpoints.restore(abstract(numbers(0)))[0] == 5  # it goes on from the latest
+
+
 def test_a_failed_background_save_stops_the_run(tmp_path, one_device):
     """The folder becomes a file while the run goes on: the next save raises, or the end does."""
 
