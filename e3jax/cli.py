@@ -5,10 +5,8 @@ import contextlib
 import errno
 import logging
 import os
-import signal
 import sys
 import textwrap
-import threading
 import traceback
 from collections.abc import Iterator, Sequence
 
@@ -112,58 +110,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("e3jax").setLevel(logging.INFO)
     several, code = _several(options), 0
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_terminable())
         try:
             run = config.load_run(options.config, options.overrides)
             _prepare_jax(run)
             if several:
                 stack.enter_context(_joined(options))
-            from e3jax import pipeline  # after the environment is set: it imports jax
+            from e3jax import notice, pipeline  # after the environment is set: they import jax
 
+            stack.enter_context(notice.listen())
             pipeline.execute(options.command, run, dry_run=options.dry_run)
         except (UserError, Diverged) as error:
             print(f"error: {error}", file=sys.stderr)
             code = 2 if isinstance(error, UserError) else 1
-        except OSError as error:
-            if error.errno not in DISK:
-                raise
-            where = error.filename or run.out
-            print(
-                f"error: {where}: {error.strerror}; once it can be written, give the same command",
-                file=sys.stderr,
-            )
-            code = 2
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
             code = 130
-        except Exception:
+        except SystemExit as error:
             if not several:
                 raise
-            traceback.print_exc()
-            code = 1
+            code = error.code if isinstance(error.code, int) else 1
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in DISK:
+                where = f"{error.filename or run.out}: {error.strerror}"
+                print(
+                    f"error: {where}; once it can be written, give the same command",
+                    file=sys.stderr,
+                )
+                code = 2
+            elif several:
+                traceback.print_exc()
+                code = 1
+            else:
+                raise
         if several and code:
-            from e3jax import processes
+            from e3jax import notice, processes
 
+            if notice.told():
+                code = notice.CODE  # what failed, failed because another process left
+                notice.linger()
             processes.leave(code)
     return code
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM outside of the training loop: open files are closed, half written ones removed."""
-
-    def stop(*_: object) -> None:
-        print("told to stop; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGTERM)
-
-    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
-        yield
-        return
-    old = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, old)
 
 
 def _several(options: argparse.Namespace) -> bool:

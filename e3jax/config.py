@@ -174,9 +174,7 @@ class Search:
 
 @strict
 class Distill:
-    mask: str | None = Field(
-        default=None, description="mask file to recover; none = this run's search"
-    )
+    mask: str | None = Field(default=None, description="mask file; none = this run's search")
     steps: int = Field(default=1000, ge=1, description="optimiser steps")
     batch: int = Field(default=64, ge=1, description="windows a step")
     microbatch: int | None = Field(
@@ -208,15 +206,16 @@ class Distill:
         " fine-tuning)",
     )
     top_k: int = Field(default=10, ge=1, description="stored logits a token")
+    cache: str | None = Field(
+        default=None, description="where they are: folder or gs://bucket/path; none = in `out`"
+    )
     tail: Literal["renormalise", "drop", "bucket"] = Field(
         default="bucket", description="what stands for the outcomes beyond top_k"
     )
     chunk: int = Field(default=2048, ge=1, description="tokens whose logits exist at a time")
     evaluate_every: int = Field(default=100, ge=1, description="steps between held-out figures")
     checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
-    patience: int = Field(
-        default=10, ge=1, description="non-finite steps in a row that stop the job"
-    )
+    patience: int = Field(default=10, ge=1, description="non-finite steps in a row that stop it")
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> "Distill":

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 
 from e3jax import config, files, job, outputs, plan, processes, stages
-from e3jax.data import text
 from e3jax.errors import UserError
 from e3jax.evaluate import table
 from e3jax.hf import families, load
@@ -181,10 +180,8 @@ def train(run: config.Run, out: pathlib.Path) -> None:
         params = decoder.init_params(jax.random.key(run.seed), cfg)
         start = {"config": dataclasses.asdict(cfg)}
     job.check_window(run, cfg)
-    windows = text.tokenize(
-        run.data.train, run.data, tokenizer_folder, decontaminate=run.data.decontaminate
-    )
-    held_out = text.tokenize(run.data.held_out, run.data, tokenizer_folder)
+    windows = job.tokenize(run, run.data.train, tokenizer_folder, run.data.decontaminate)
+    held_out = job.tokenize(run, run.data.held_out, tokenizer_folder)
     trained = stages.train_student(
         "train",
         run,
