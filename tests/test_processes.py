@@ -267,6 +267,34 @@ def test_a_peer_that_dies_or_is_silent_while_process_0_works_alone(place, dead, 
             process.kill()
 
 
+SLURM = """
+from e3jax import processes
+
+processes.start()
+print("all of", processes.gather(processes.is_first()), processes.from_first(lambda: "hello"))
+"""
+
+
+def test_slurm_tells_who_the_others_are(place):
+    port = free_port() % 4096 + 61440  # jax takes it from the job's number
+    job = {"SLURM_JOB_ID": str(port - 61440), "SLURM_STEP_NODELIST": "localhost"}
+    started = []
+    for number in range(3):
+        task = {"SLURM_NTASKS": "3", "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", SLURM], cwd=ROOT, env=os.environ | job | task,
+                stdout=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    try:
+        for process in started:
+            assert process.communicate(timeout=120)[0] == "all of [True, False, False] hello\n"
+    finally:
+        for process in started:
+            process.kill()
+
+
 POISON = """
 import jax, numpy as np
 from e3jax import cli
