@@ -31,7 +31,7 @@ ORDER = (
     {"job", "plan"},
     {"evaluate"},
     {"stages"},
-    {"outputs", "report"},
+    {"from_mask", "outputs", "report"},
     {"pipeline"},
     {"cli"},
 )

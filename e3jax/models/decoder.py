@@ -8,9 +8,8 @@ and the compile time does not grow with depth.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
@@ -21,8 +20,8 @@ from e3jax.models import rope
 from e3jax.models.attention import attend, causal_mask
 from e3jax.models.config import ModelConfig
 from e3jax.models.gate import apply_gate
-
-Params = dict[str, Any]
+from e3jax.models.params import Leaf, Params, param_table
+from e3jax.models.params import count_params as count_params
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -43,58 +42,6 @@ class Batch:
     mask: jax.Array  # bool: the prediction made at t carries loss
 
 
-class Leaf(NamedTuple):
-    """One parameter: its shape, the logical name of each axis, and the scale it starts with."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    init: float | None  # standard deviation; 0 = zeros, None = ones
-
-
-def param_table(cfg: ModelConfig) -> Params:
-    """Every parameter of the model as a nested dict of Leaf: the one source of shapes and specs."""
-    L, D, F, V = cfg.num_layers, cfg.width, cfg.mlp_width, cfg.vocab_size
-    K, G, H = cfg.num_kv_heads, cfg.num_groups, cfg.head_dim
-    std = 0.02
-    std_out = std / math.sqrt(2 * L)  # GPT-2: residual branches add up over depth
-
-    def layer(shape: tuple[int, ...], axes: tuple[str | None, ...], init: float | None) -> Leaf:
-        return Leaf((L, *shape), (None, *axes), init)
-
-    layers = {
-        "attn_norm": layer((D,), (None,), None),
-        "q": layer((D, K, G, H), ("embed", "heads", None, None), std),
-        "k": layer((D, K, H), ("embed", "heads", None), std),
-        "v": layer((D, K, H), ("embed", "heads", None), std),
-        "o": layer((K, G, H, D), ("heads", None, None, "embed"), std_out),
-        "mlp_norm": layer((D,), (None,), None),
-        "gate": layer((D, F), ("embed", "mlp"), std),
-        "up": layer((D, F), ("embed", "mlp"), std),
-        "down": layer((F, D), ("mlp", "embed"), std_out),
-    }
-    if cfg.qkv_bias:
-        layers["q_bias"] = layer((K, G, H), ("heads", None, None), 0.0)
-        layers["k_bias"] = layer((K, H), ("heads", None), 0.0)
-        layers["v_bias"] = layer((K, H), ("heads", None), 0.0)
-    if cfg.out_bias:
-        layers["o_bias"] = layer((D,), (None,), 0.0)
-    if cfg.qk_norm:
-        layers["q_norm"] = layer((H,), (None,), None)
-        layers["k_norm"] = layer((H,), (None,), None)
-    if cfg.mlp_bias:
-        layers["gate_bias"] = layer((F,), ("mlp",), 0.0)
-        layers["up_bias"] = layer((F,), ("mlp",), 0.0)
-        layers["down_bias"] = layer((D,), (None,), 0.0)
-    table: Params = {
-        "embed": Leaf((V, D), ("vocab", "embed"), std),
-        "layers": layers,
-        "final_norm": Leaf((D,), (None,), None),
-    }
-    if not cfg.tied:
-        table["head"] = Leaf((D, V), ("embed", "vocab"), std)
-    return table
-
-
 def _map_table(fn: Callable[[Leaf], Any], cfg: ModelConfig) -> Params:
     return jax.tree.map(fn, param_table(cfg), is_leaf=lambda x: isinstance(x, Leaf))
 
@@ -112,12 +59,6 @@ def abstract_params(cfg: ModelConfig, dtype: Any = jnp.float32) -> Params:
         ),
         cfg,
     )
-
-
-def count_params(cfg: ModelConfig) -> int:
-    """Parameters, a tied head counted once."""
-    leaves = jax.tree.leaves(param_table(cfg), is_leaf=lambda x: isinstance(x, Leaf))
-    return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def init_params(key: jax.Array, cfg: ModelConfig, dtype: Any = jnp.float32) -> Params:
