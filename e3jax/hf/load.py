@@ -111,7 +111,7 @@ def _row(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=place)
 
 
-def _boxes(leaf: jax.ShapeDtypeStruct) -> dict[jax.Device, Box]:
+def _boxes(leaf: jax.ShapeDtypeStruct) -> dict[Any, Box]:
     """The part of a leaf that each device of this process holds."""
     found = _sharding(leaf).addressable_devices_indices_map(leaf.shape)
     return {
