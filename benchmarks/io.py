@@ -1,6 +1,6 @@
 """Time and host memory of load, export and export --from-mask, against the disk itself.
 
-    python benchmarks/io.py --folder /big/disk/e3jax-io --layers 36      # 16.4 GB; needs 33 GB there
+    python benchmarks/io.py --folder /big/disk/e3jax-io     # 16.4 GB; needs 33 GB there
 
 Generates a checkpoint of Qwen3-8B's shapes (random finite bfloat16, shards of 5 GB), measures each
 part in a process of its own, with the files out of the page cache, and removes what it made. Load

@@ -30,6 +30,9 @@ def copy(to: np.ndarray, of: np.ndarray) -> None:
     if to.ndim < 2:
         to[...] = of
         return
+    # Whole rows of what is read, so that short runs are written: the other way waits for memory.
+    axis = int(np.argmax(of.strides))
+    to, of = np.moveaxis(to, axis, 0), np.moveaxis(of, axis, 0)
     with np.errstate(over="ignore"):  # what overflows the dtype is told by its name
         for i in range(0, len(to), ROWS):
             to[i : i + ROWS] = of[i : i + ROWS]

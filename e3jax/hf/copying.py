@@ -204,6 +204,4 @@ def _check(path: pathlib.Path, tensors: Sequence[tuple[str, Stored]]) -> None:
     for name, t in tensors:
         for start in {*range(0, t.nbytes, RANGE), max(0, t.nbytes - SAMPLE)}:
             if found[name].read(start, SAMPLE) != t.read(start, SAMPLE):
-                raise UserError(
-                    f"{path.name}: {name}, read back from the disk, is not the source's"
-                )
+                raise UserError(f"{path.name}: {name} read back is not the source's")
