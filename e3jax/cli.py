@@ -35,7 +35,10 @@ COMMANDS = {
     "export": (
         "write the surviving layers as a Hugging Face folder, verified",
         """Writes safetensors, config.json, tokenizer and model card; reads them back and compares
-        logits before the folder gets its name. Stages before it run if they are unfinished.""",
+        logits before the folder gets its name. Stages before it run if they are unfinished.
+        With --from-mask nothing is run or recovered: the layers of the checkpoint model.path that
+        a mask file keeps are copied to the folder `out`, for any family, quantised or not, on any
+        machine: python run.py export --from-mask MASK.json model.path=FOLDER out=FOLDER""",
         ("export",),
     ),
     "evaluate": (
@@ -81,7 +84,15 @@ def make_parser() -> argparse.ArgumentParser:
             epilog=_keys(sections),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.add_argument("--config", required=True, metavar="FILE", help="a YAML configuration")
+        sub.add_argument(
+            "--config", required=name != "export", metavar="FILE", help="a YAML configuration"
+        )
+        if name == "export":
+            sub.add_argument(
+                "--from-mask",
+                metavar="FILE",
+                help="a mask.json, or {keep: [layers], num_layers: n}; --config is then optional",
+            )
         sub.add_argument(
             "--dry-run",
             action="store_true",
@@ -112,6 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         try:
             run = config.load_run(options.config, options.overrides)
+            if options.from_mask is not None:
+                from e3jax import from_mask  # which does without jax
+
+                from_mask.export(run, options.from_mask, dry_run=options.dry_run)
+                return 0
             _prepare_jax(run)
             if several:
                 stack.enter_context(_joined(options))
@@ -160,6 +176,8 @@ def _several(options: argparse.Namespace) -> bool:
         make_parser().error(
             "give --distributed alone, or all of --coordinator, --processes and --process"
         )
+    if options.from_mask is not None and (options.distributed or given):
+        make_parser().error("--from-mask is the work of one process")
     if not options.distributed and not given and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         log = logging.getLogger("e3jax")
         log.warning("Slurm started several tasks: without --distributed each works alone")
@@ -183,10 +201,12 @@ def _joined(options: argparse.Namespace) -> Iterator[None]:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses options and overrides in any order."""
     parser = make_parser()
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(arguments, argparse.Namespace(from_mask=None))
     options.overrides = [*options.overrides, *rest]
     if unknown := [a for a in options.overrides if a.startswith("-") or "=" not in a]:
         parser.error(f"neither an option nor key=value: {' '.join(unknown)}")
+    if options.config is None and options.from_mask is None:
+        parser.error("export needs --config FILE, or --from-mask FILE")
     return options
 
 

@@ -293,24 +293,24 @@ class Run:
     evaluate: Evaluate = Field(default=Evaluate(), description="figures")
 
 
-def load_run(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Run:
-    """Reads a YAML file, applies `key.path=value` overrides (values are YAML), validates.
+def load_run(path: str | pathlib.Path | None, overrides: Sequence[str] = ()) -> Run:
+    """Reads a YAML file or none, applies `key.path=value` overrides (also YAML), validates.
 
     A file that is not here, or a bare name such as `demo`, means one of the bundled configurations.
     Raises UserError naming the file, key and value; an unknown key with the nearest known one.
     """
-    path = _find(str(path))
+    where = "the command line" if path is None else str(_find(str(path)))
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = yaml.safe_load(pathlib.Path(where).read_text("utf-8") if path else "") or {}
     except OSError as error:
-        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from error
+        raise UserError(f"{where}: cannot read the configuration: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
+        raise UserError(f"{where}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected keys and values, found {type(tree).__name__}")
+        raise UserError(f"{where}: expected keys and values, found {type(tree).__name__}")
     for text in overrides:
         _override(tree, text)
-    return validate(tree, str(path))
+    return validate(tree, where)
 
 
 def _find(path: str) -> pathlib.Path:

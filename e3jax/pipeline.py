@@ -13,7 +13,7 @@ import jax
 from e3jax import config, files, job, outputs, plan, processes, stages
 from e3jax.errors import UserError
 from e3jax.evaluate import table
-from e3jax.hf import families, load
+from e3jax.hf import families, folders
 from e3jax.job import Job
 from e3jax.models import decoder
 from e3jax.models.decoder import Params
@@ -44,7 +44,7 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
 
 def _plan_text(command: str, run: config.Run) -> str:
     source = files.bundled(run.train.config) if command == "train" and run.train.config else None
-    folder = load.resolve(run.model.path, run.model.revision) if source is None else source
+    folder = folders.resolve(run.model.path, run.model.revision) if source is None else source
     cfg = families.read_config(folder)
     job.check_window(run, cfg)
     if command == "train":
@@ -54,7 +54,7 @@ def _plan_text(command: str, run: config.Run) -> str:
             f"train: {cfg.num_layers} layers, {decoder.count_params(cfg):,} parameters, "
             f"<= {tokens:,} tokens"
         )
-    resolved = plan.make_plan(run, cfg, load.source_dtype(folder))
+    resolved = plan.make_plan(run, cfg, folders.source_dtype(folder))
     return f"{run.model.path} ({cfg.family}) -> {run.out}\n{plan.describe(resolved)}"
 
 
@@ -175,7 +175,7 @@ def train(run: config.Run, out: pathlib.Path) -> None:
             raise UserError("train.tokenizer: required with train.config: a tokenizer's folder")
         cfg = families.read_config(files.bundled(spec.config))
         tokenizer_folder = files.bundled(spec.tokenizer)
-        load.check_vocabulary(tokenizer_folder, cfg)
+        folders.check_vocabulary(tokenizer_folder, cfg)
         job.tell_replicated(cfg, "float32")
         params = decoder.init_params(jax.random.key(run.seed), cfg)
         start = {"config": dataclasses.asdict(cfg)}
@@ -202,7 +202,7 @@ def train(run: config.Run, out: pathlib.Path) -> None:
 
 
 def _rehearse_if_long(job_: Job) -> None:
-    planned = plan.make_plan(job_.run, job_.cfg, load.source_dtype(job_.source))
+    planned = plan.make_plan(job_.run, job_.cfg, folders.source_dtype(job_.source))
     if planned.tokens >= REHEARSE_FROM and job_.cfg.num_layers > 2:
         begun = time.monotonic()
         rehearse(job_)

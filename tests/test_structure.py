@@ -32,7 +32,7 @@ ORDER = (
     {"job", "plan"},
     {"evaluate", "teaching"},
     {"stages"},
-    {"outputs", "report"},
+    {"from_mask", "outputs", "report"},
     {"pipeline"},
     {"cli"},
 )
