@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from e3jax import config, files, job, outputs, plan, processes, stages
+from e3jax import config, files, job, outputs, processes, stages
 from e3jax.data import text
 from e3jax.errors import UserError
 from e3jax.evaluate import table
