@@ -6,9 +6,9 @@ import json
 import pytest
 
 from e3jax import config
-from e3jax.planning import budget
 from e3jax.errors import UserError
 from e3jax.hf.families import from_hf, read_config
+from e3jax.planning import budget
 
 QWEN25_14B = {  # its config.json, as published
     "model_type": "qwen2",

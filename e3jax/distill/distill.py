@@ -48,7 +48,7 @@ def init_state(
 
 
 def abstract_state(cfg: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
-    """ShapeDtypeStructs of `init_state` of a student, with their shardings: nothing is allocated."""
+    """ShapeDtypeStructs of `init_state`, with their shardings: nothing is allocated."""
     params = decoder.abstract_params(cfg)
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     count = jax.ShapeDtypeStruct((), jnp.int32)

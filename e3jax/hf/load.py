@@ -1,6 +1,7 @@
 """A Hugging Face checkpoint -> sharded parameters. Strict, and each process reads only its part."""
 
 import functools
+import logging
 import pathlib
 import re
 from collections import Counter
@@ -19,6 +20,8 @@ from e3jax.hf.tensors import EMBED, HEAD, Tensor, tensor_table
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 
+log = logging.getLogger(__name__)
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a checkpoint of these families is made of; no pickles, no code, no other frameworks.
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.md"]
@@ -33,13 +36,8 @@ def resolve(path: str, revision: str | None = None) -> pathlib.Path:
 
     A hub id is downloaded to the Hugging Face cache. Raises UserError when it is none of them.
     """
-    folder = files.bundled("demo/model" if path == "demo" else path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: no config.json; expected a Hugging Face checkpoint folder")
+    if (folder := _local(path)) is not None:
         return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path == "demo":
-        raise UserError(f"{path}: not a folder; expected a checkpoint folder, `demo` or a hub id")
     import huggingface_hub  # slow to import, and most runs are offline
 
     try:
@@ -47,12 +45,49 @@ def resolve(path: str, revision: str | None = None) -> pathlib.Path:
             path, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED
         )
     except Exception as error:
-        raise UserError(
-            f"{path}: there is no such folder, and as a Hugging Face hub id it could not be "
-            f"fetched ({type(error).__name__}: {str(error).strip().splitlines()[0]}). "
-            "Give an existing folder, or check the id, the revision, access and the network"
-        ) from None
+        raise _not_fetched(path, error) from None
     return pathlib.Path(found)
+
+
+def resolve_config(path: str, revision: str | None = None) -> pathlib.Path:
+    """The config.json of a checkpoint, without its weights: a folder's, or the hub's alone.
+
+    Where the hub cannot be reached, the bundled facts of the models in configs/, with a line that
+    says so. Raises UserError when it is none of them.
+    """
+    if (folder := _local(path)) is not None:
+        return folder / "config.json"
+    import huggingface_hub
+
+    try:
+        return pathlib.Path(huggingface_hub.hf_hub_download(path, "config.json", revision=revision))
+    except Exception as error:
+        facts = files.bundled(f"configs/models/{path.replace('/', '--')}.json")
+        if not facts.is_file():
+            raise _not_fetched(path, error) from None
+        log.warning("%s: the hub could not be reached; using the bundled %s", path, facts.name)
+        return facts
+
+
+def _local(path: str) -> pathlib.Path | None:
+    """The folder of a checkpoint that is here, or None for what may be a hub id."""
+    folder = files.bundled("demo/model" if path == "demo" else path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: no config.json; expected a Hugging Face checkpoint folder")
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path == "demo":
+        raise UserError(f"{path}: not a folder; expected a checkpoint folder, `demo` or a hub id")
+    return None
+
+
+def _not_fetched(path: str, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return UserError(
+        f"{path}: there is no such folder, and as a Hugging Face hub id it could not be "
+        f"fetched ({type(error).__name__}: {reason}). "
+        "Give an existing folder, or check the id, the revision, access and the network"
+    )
 
 
 def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -191,6 +226,19 @@ def source_dtype(folder: str | pathlib.Path) -> str:
     if code not in DTYPES:
         raise UserError(f"{folder}: stored as {code}; expected one of {', '.join(DTYPES)}")
     return DTYPES[code].name
+
+
+def planned_dtype(config: pathlib.Path) -> str:
+    """The stored dtype of the checkpoint of a config.json: `source_dtype` where the weights are
+    there, else what config.json says of them. Raises UserError."""
+    if any((config.parent / name).is_file() for name in (SINGLE, INDEX)):
+        return source_dtype(config.parent)
+    facts = read_json(config)
+    name = facts.get("dtype") or facts.get("torch_dtype") or "float32"
+    known = [dtype.name for dtype in DTYPES.values()]
+    if name not in known:
+        raise UserError(f"{config}: dtype {name!r}; expected one of {', '.join(known)}")
+    return name
 
 
 def load_params(

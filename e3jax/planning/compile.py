@@ -100,9 +100,7 @@ def _tpu_devices(topology: Topology) -> list[Any]:
     return sorted(found.devices, key=lambda device: getattr(device, "slice_index", 0))
 
 
-def search_step(
-    run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topology
-) -> Memory:
+def search_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topology) -> Memory:
     """Memory of a search step, under the mesh that is set."""
     spec = run.search
     params = decoder.abstract_params(cfg, jnp.dtype(source_dtype))
@@ -158,7 +156,9 @@ def train_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: T
     )
     micro = recipe.microbatch or recipe.batch
     return _compile(
-        step.trace(state, teacher if online else None, decoder.abstract_batch(rows, window), stored),
+        step.trace(
+            state, teacher if online else None, decoder.abstract_batch(rows, window), stored
+        ),
         topology,
         parameters=local_bytes(state.params),
         optimiser=local_bytes(state.opt_state),

@@ -95,7 +95,9 @@ def recomputed(cfg: ModelConfig, time: int, remat: str) -> float:
         return 0.0
     if remat == "layer":
         return body_flops(cfg, time)
-    queries = 2 * cfg.width * cfg.num_heads * cfg.head_dim  # `selective` keeps q, k, v and attention
+    queries = (
+        2 * cfg.width * cfg.num_heads * cfg.head_dim
+    )  # `selective` keeps q, k, v and attention
     return sum(queries + layer_flops(cfg, time, window)[2] for window in cfg.windows)
 
 
@@ -171,16 +173,16 @@ def _traffic(passes: list[Pass], mesh: Mesh, chunk: int) -> tuple[float, float, 
         # Two all-reduces of the residual stream a layer and pass; each moves it twice.
         inside += p.micro * p.times * 4 * split * here * cfg.width * 2 * cfg.num_layers
         if p.trained:
-            inside += p.micro * (gathered + (chunks - 1) * 2 * head)  # gradients; the head's by chunk
+            inside += p.micro * (
+                gathered + (chunks - 1) * 2 * head
+            )  # gradients; the head's by chunk
             shard = params / (mesh.data * model)
             memory += shard * WIDE * (8 + 2 * p.micro)  # parameters, two moments, gradients
             between += p.micro * 2 * shard * 2 * (mesh.replica - 1) / mesh.replica
     return memory, inside, between
 
 
-def train_roofline(
-    run: config.Run, cfg: ModelConfig, topology: Topology, mesh: Mesh
-) -> Roofline:
+def train_roofline(run: config.Run, cfg: ModelConfig, topology: Topology, mesh: Mesh) -> Roofline:
     """Of a distillation step."""
     recipe, student = run.distill, _student(run, cfg)
     batch = -(-recipe.batch // mesh.shards) * mesh.shards
@@ -194,9 +196,7 @@ def train_roofline(
     return _roofline(flops, passes, topology, mesh, recipe.chunk)
 
 
-def search_roofline(
-    run: config.Run, cfg: ModelConfig, topology: Topology, mesh: Mesh
-) -> Roofline:
+def search_roofline(run: config.Run, cfg: ModelConfig, topology: Topology, mesh: Mesh) -> Roofline:
     """Of a search step."""
     spec = run.search
     tokens = -(-spec.batch // mesh.shards) * mesh.shards * run.data.window
@@ -212,9 +212,7 @@ def forward_roofline(
     """Of `passes` forward passes over a batch of `rows`, logits included."""
     tokens = -(-rows // mesh.shards) * mesh.shards * run.data.window
     flops = passes * (body_flops(cfg, run.data.window) + head_flops(cfg)) * tokens
-    return _roofline(
-        flops, [Pass(cfg, tokens, 1, passes)], topology, mesh, run.distill.chunk
-    )
+    return _roofline(flops, [Pass(cfg, tokens, 1, passes)], topology, mesh, run.distill.chunk)
 
 
 def _roofline(

@@ -186,7 +186,10 @@ def describe(plan: Plan) -> str:
     for part in (*parts, "peak"):
         both = [getattr(m, part) / 2**30 for m in (plan.search_memory, plan.distill_memory)]
         lines.append(f"  {part:<20}" + "".join(f"{x:9.1f}" for x in both))
-    verdicts = [_verdict("search", plan.search_memory), _verdict("distillation", plan.distill_memory)]
+    verdicts = [
+        _verdict("search", plan.search_memory),
+        _verdict("distillation", plan.distill_memory),
+    ]
     lines += [f"  {text}" for text in verdicts]
     if not t.is_tpu:
         lines.append("  an estimate: compiled for as many CPU devices, not by the GPU's compiler")

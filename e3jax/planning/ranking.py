@@ -1,4 +1,4 @@
-"""Which mesh, micro-batch and recomputation: all sensible ones estimated, the best three compiled."""
+"""Which mesh, micro-batch and recomputation: all estimated, the best three compiled."""
 
 import concurrent.futures
 import dataclasses
@@ -23,7 +23,7 @@ REMATS = ("none", "selective", "layer")
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A configuration's mesh, micro-batch and recomputation, and what they are estimated to take."""
+    """A mesh, micro-batch and recomputation, and what they are estimated to take."""
 
     replica: int
     data: int
@@ -54,9 +54,7 @@ class Choice:
         )
 
 
-def rank(
-    run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topology
-) -> list[Choice]:
+def rank(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topology) -> list[Choice]:
     """All sensible choices, fastest first by the roofline; memory estimated.
 
     Raises UserError when no mesh of the topology can share the batch.
