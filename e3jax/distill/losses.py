@@ -55,6 +55,20 @@ class TopK:
     entropy: jax.Array  # float32 [B, T], of the full vocabulary, nats
 
 
+def abstract_topk(rows: int, time: int, k: int) -> TopK:
+    """ShapeDtypeStructs of stored rows, as a teacher cache reads them."""
+
+    def stored(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        place = mesh.sharding(("batch",) + (None,) * (len(shape) - 1), shape)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    return TopK(
+        ids=stored((rows, time, k), jnp.int32),
+        logp=stored((rows, time, k), jnp.float16),
+        entropy=stored((rows, time), jnp.float32),
+    )
+
+
 @flax.struct.dataclass
 class Sums:
     """Sums over the masked tokens of each row, float32 [B]."""

@@ -100,12 +100,9 @@ def _tpu_devices(topology: Topology) -> list[Any]:
     return sorted(found.devices, key=lambda device: getattr(device, "slice_index", 0))
 
 
-def search_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topology) -> Memory:
-    """Memory of a search step, under the mesh that is set."""
+def search_inputs(run: config.Run, cfg: ModelConfig, source_dtype: str) -> tuple[Any, tuple]:
+    """The jitted search step and its abstract arguments, under the mesh that is set."""
     spec = run.search
-    params = decoder.abstract_params(cfg, jnp.dtype(source_dtype))
-    state = search.abstract_state(cfg, spec)
-    batch = decoder.abstract_batch(job.rows_per_batch(spec.batch), run.data.window)
     step = search.make_search_step(
         cfg,
         spec,
@@ -114,38 +111,16 @@ def search_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: 
         remat=run.model.remat,
         chunk=run.distill.chunk,
     )
-    kept = 0
-    if spec.estimator != "score":
-        kept = activation_bytes(run, cfg, rows_here(batch.tokens.shape[0]), model_size())
-    return _compile(
-        step.trace(state, params, batch),
-        topology,
-        teacher=local_bytes(params),
-        activations=kept,
-    )
+    state = search.abstract_state(cfg, spec)
+    params = decoder.abstract_params(cfg, jnp.dtype(source_dtype))
+    rows = job.rows_per_batch(spec.batch)
+    return step, (state, params, decoder.abstract_batch(rows, run.data.window))
 
 
-def train_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topology) -> Memory:
-    """Memory of a distillation step, under the mesh that is set."""
-    recipe = run.distill
-    keep = search.resolve_keep(run.search.keep, cfg.num_layers)
-    student = cfg.take_layers(range(keep))
+def train_inputs(run: config.Run, cfg: ModelConfig, source_dtype: str) -> tuple[Any, tuple]:
+    """The jitted distillation step and its abstract arguments, under the mesh that is set."""
+    recipe, student = run.distill, student_config(run, cfg)
     optimizer = make_optimizer(recipe.optimizer, recipe.steps)
-    state = distill.abstract_state(student, optimizer)
-    rows, window = job.rows_per_batch(recipe.batch), run.data.window
-    teacher = decoder.abstract_params(cfg, jnp.dtype(source_dtype))
-    stored = None
-    if recipe.teacher == "cache":
-        place = mesh.sharding(("batch", None, None), (rows, window, recipe.top_k))
-        shape = (rows, window, recipe.top_k)
-        stored = losses.TopK(
-            ids=jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place),
-            logp=jax.ShapeDtypeStruct(shape, jnp.float16, sharding=place),
-            entropy=jax.ShapeDtypeStruct(
-                shape[:2], jnp.float32, sharding=mesh.sharding(("batch", None), shape[:2])
-            ),
-        )
-    online = recipe.teacher == "online"
     step = distill.make_train_step(
         student,
         recipe,
@@ -154,19 +129,50 @@ def train_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: T
         dtype=job.DTYPES[run.model.dtype],
         remat=run.model.remat,
     )
-    micro = recipe.microbatch or recipe.batch
+    state = distill.abstract_state(student, optimizer)
+    rows, window = job.rows_per_batch(recipe.batch), run.data.window
+    teacher = stored = None
+    if recipe.teacher == "online":
+        teacher = decoder.abstract_params(cfg, jnp.dtype(source_dtype))
+    elif recipe.teacher == "cache":
+        stored = losses.abstract_topk(rows, window, recipe.top_k)
+    return step, (state, teacher, decoder.abstract_batch(rows, window), stored)
+
+
+def student_config(run: config.Run, cfg: ModelConfig) -> ModelConfig:
+    """A student of a run. Layers may differ in their window: which are kept is not yet known."""
+    return cfg.take_layers(range(search.resolve_keep(run.search.keep, cfg.num_layers)))
+
+
+def search_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topology) -> Memory:
+    """Memory of a search step, under the mesh that is set."""
+    step, arguments = search_inputs(run, cfg, source_dtype)
+    _, params, batch = arguments
+    kept = 0
+    if run.search.estimator != "score":
+        kept = activation_bytes(run, cfg, rows_here(batch.tokens.shape[0]), model_size())
+    return _compile(step.trace(*arguments), topology, teacher=local_bytes(params), activations=kept)
+
+
+def train_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topology) -> Memory:
+    """Memory of a distillation step, under the mesh that is set."""
+    recipe, student = run.distill, student_config(run, cfg)
+    step, arguments = train_inputs(run, cfg, source_dtype)
+    state, online, *_ = arguments
+    teacher, start = (
+        local_bytes(decoder.abstract_params(c, jnp.dtype(source_dtype))) for c in (cfg, student)
+    )
     return _compile(
-        step.trace(
-            state, teacher if online else None, decoder.abstract_batch(rows, window), stored
-        ),
+        step.trace(*arguments),
         topology,
         parameters=local_bytes(state.params),
         optimiser=local_bytes(state.opt_state),
-        teacher=local_bytes(teacher),
-        start=local_bytes(decoder.abstract_params(student, jnp.dtype(source_dtype))),
-        idle=local_bytes(decoder.abstract_params(student, jnp.dtype(source_dtype)))
-        + (0 if online else local_bytes(teacher)),
-        activations=activation_bytes(run, student, rows_here(micro), model_size()),
+        teacher=teacher,
+        start=start,
+        idle=start + (teacher if online is None else 0),
+        activations=activation_bytes(
+            run, student, rows_here(recipe.microbatch or recipe.batch), model_size()
+        ),
     )
 
 
