@@ -5,13 +5,16 @@ import contextlib
 import errno
 import logging
 import os
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 
 from e3jax import __version__, config
 from e3jax.errors import Diverged, UserError
+from e3jax.planning import chips
 
 COMMANDS = {
     "run": (
@@ -47,6 +50,15 @@ COMMANDS = {
         Stages before it run if they are unfinished, the baselines' recoveries included.""",
         ("evaluate", "data"),
     ),
+    "plan": (
+        "memory, time and chip-hours on a topology that need not be there",
+        """Compiles the search and distillation steps ahead of time on this machine's CPU, for TPUs
+        with libtpu (pip install libtpu), and reads only the model's config.json. Prints memory a
+        device by part, whether it fits, the roofline time of a step and the hours of every stage,
+        and saves them as plan-TOPOLOGY.json and .txt in the run folder. GPUs are stood for by CPU
+        devices: their memory is an estimate. Exit code 0 = fits, 1 = does not fit.""",
+        ("model", "mesh", "search", "distill"),
+    ),
     "train": (
         "next-token training, from scratch or from a checkpoint",
         """Plain cross-entropy through the same loop: how the bundled model was made, and the
@@ -55,6 +67,15 @@ COMMANDS = {
     ),
 }
 
+# libtpu where there is no TPU: it asks nobody where it is, shares, and is quiet about the rest.
+AHEAD_OF_TIME = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_STDERR_LOG_LEVEL": "4",
+    "TPU_MIN_LOG_LEVEL": "4",
+}
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what the user can put right
 
 
@@ -98,6 +119,20 @@ def make_parser() -> argparse.ArgumentParser:
             action="store_true",
             help="print the resolved plan and stop: no device, no data",
         )
+        if name == "plan":
+            sub.add_argument(
+                "--topology",
+                required=True,
+                metavar="CHIP:SHAPE",
+                help=f"such as v5p:4x4x2, v6e:4x8, h100:8, 2xv5p:4x4x2 (two slices); chips: "
+                f"{', '.join(chips.CHIPS)}",
+            )
+            sub.add_argument(
+                "--search-mesh",
+                action="store_true",
+                help="rank meshes, micro-batches and recomputation, compile the best three and plan"
+                " with the fastest that fits; it is printed as overrides",
+            )
         several = sub.add_argument_group("several processes, each started with the same command")
         several.add_argument(
             "--distributed",
@@ -112,7 +147,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 for bad input, 1 for a run that diverged.
+    """Runs a command; returns the exit code: 0, 2 for bad input, 1 for a run that diverged or a
+    plan that does not fit.
 
     One of several processes that fails ends at once, so that the others notice.
     """
@@ -126,15 +162,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.from_mask is not None:
                 from e3jax import from_mask  # which does without jax
 
+                stack.enter_context(_terminable())
                 from_mask.export(run, options.from_mask, dry_run=options.dry_run)
                 return 0
-            _prepare_jax(run)
+            planned = chips.parse(options.topology) if options.command == "plan" else None
+            _prepare_jax(run, planned)
             if several:
                 stack.enter_context(_joined(options))
             from e3jax import notice, pipeline  # after the environment is set: they import jax
 
             stack.enter_context(notice.listen())
-            pipeline.execute(options.command, run, dry_run=options.dry_run)
+            if planned is None or options.dry_run:
+                pipeline.execute(options.command, run, dry_run=options.dry_run)
+            elif not pipeline.plan(run, planned, search_mesh=options.search_mesh):
+                code = 1
         except (UserError, Diverged) as error:
             print(f"error: {error}", file=sys.stderr)
             code = 2 if isinstance(error, UserError) else 1
@@ -166,6 +207,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 notice.linger()
             processes.leave(code)
     return code
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends what is open in an orderly way; notice.py, which does more, needs jax."""
+    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
+        yield
+        return
+    old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 def _several(options: argparse.Namespace) -> bool:
@@ -210,13 +264,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _prepare_jax(run: config.Run) -> None:
-    """Process-wide settings, before anything touches a device."""
+def _prepare_jax(run: config.Run, planned: chips.Topology | None = None) -> None:
+    """Process-wide settings, before anything touches a device, or for a plan instead of any."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    flags = [os.environ.get("XLA_FLAGS", "")]
     if run.deterministic:
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+        flags.append("--xla_gpu_deterministic_ops=true")
+    if planned is not None:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        if planned.is_tpu:
+            os.environ.update(AHEAD_OF_TIME)
+        else:
+            flags.append(f"--xla_force_host_platform_device_count={planned.devices}")
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
     import jax
 
     jax.config.update("jax_threefry_partitionable", True)

@@ -23,7 +23,7 @@ from e3jax.data import batches as data_batches
 from e3jax.data import text
 from e3jax.data.windows import Windows
 from e3jax.errors import UserError
-from e3jax.hf import families, folders, load
+from e3jax.hf import families, folders, hub, load
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Batch, Params
@@ -99,7 +99,7 @@ def open_mesh(spec: config.Mesh) -> Any:
 
 def open_job(run: config.Run) -> Job:
     """Loads the dense model and checks that its parts belong together. Call under the mesh."""
-    source = folders.resolve(run.model.path, run.model.revision)
+    source = hub.resolve(run.model.path, run.model.revision)
     cfg = families.read_config(source)
     check_window(run, cfg)
     folders.check_vocabulary(source, cfg)

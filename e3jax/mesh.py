@@ -159,6 +159,21 @@ def gather(weight: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.sharding.reshard(weight, whole.update(reduced=frozenset(BATCH)))
 
 
+def abstract(tree: Any) -> Any:
+    """ShapeDtypeStructs, such as jax.eval_shape gives, on the mesh that is set.
+
+    Those know their spec at most; one that has none is whole on every device.
+    """
+
+    def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        place = sharding((None,) * len(x.shape))
+        if place is not None and x.sharding is not None:
+            place = NamedSharding(place.mesh, x.sharding.spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    return jax.tree.map(one, tree)
+
+
 def replicate(tree: Any) -> Any:
     """Every leaf whole on every device of the mesh that is set (host arrays or device arrays).
 

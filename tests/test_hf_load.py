@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from e3jax import mesh
 from e3jax.errors import UserError
 from e3jax.hf.families import read_config
-from e3jax.hf.folders import INDEX, check_vocabulary, resolve, source_dtype
+from e3jax.hf.folders import INDEX, check_vocabulary, source_dtype
+from e3jax.hf.hub import resolve
 from e3jax.hf.load import load_params
 from hf_tiny import (
     SHARED,

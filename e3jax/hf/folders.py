@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from e3jax import files
 from e3jax.errors import UserError
 from e3jax.hf.families import read_json
 from e3jax.hf.safetensors import DTYPES, Stored, read_header
@@ -13,39 +12,7 @@ from e3jax.hf.tensors import EMBED, HEAD, Tensor, tensor_table
 from e3jax.models.config import ModelConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# What a checkpoint of these families is made of; no pickles, no code, no other frameworks.
-HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.md"]
-HUB_FILES += ["LICENSE*", "NOTICE*"]
-# Mistral's repositories hold the weights a second time under this name; folders hold other formats.
-HUB_IGNORED = ["consolidated*", "*/*"]
 HARMLESS = re.compile(r".*rotary_emb\.inv_freq")  # a buffer that old llama checkpoints stored
-
-
-def resolve(path: str, revision: str | None = None) -> pathlib.Path:
-    """The folder of a checkpoint: an existing one, `demo` (the bundled model), or a hub id.
-
-    A hub id is downloaded to the Hugging Face cache. Raises UserError when it is none of them.
-    """
-    folder = files.bundled("demo/model" if path == "demo" else path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: no config.json; expected a Hugging Face checkpoint folder")
-        return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path == "demo":
-        raise UserError(f"{path}: not a folder; expected a checkpoint folder, `demo` or a hub id")
-    import huggingface_hub  # slow to import, and most runs are offline
-
-    try:
-        found = huggingface_hub.snapshot_download(
-            path, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED
-        )
-    except Exception as error:
-        raise UserError(
-            f"{path}: there is no such folder, and as a Hugging Face hub id it could not be "
-            f"fetched ({type(error).__name__}: {str(error).strip().splitlines()[0]}). "
-            "Give an existing folder, or check the id, the revision, access and the network"
-        ) from None
-    return pathlib.Path(found)
 
 
 def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -181,6 +148,19 @@ def source_dtype(folder: str | pathlib.Path) -> str:
     if code not in DTYPES:
         raise UserError(f"{folder}: stored as {code}; expected one of {', '.join(DTYPES)}")
     return DTYPES[code].name
+
+
+def planned_dtype(config: pathlib.Path) -> str:
+    """The stored dtype of the checkpoint of a config.json: `source_dtype` where the weights are
+    there, else what config.json says of them. Raises UserError."""
+    if any((config.parent / name).is_file() for name in (SINGLE, INDEX)):
+        return source_dtype(config.parent)
+    facts = read_json(config)
+    name = facts.get("dtype") or facts.get("torch_dtype") or "float32"
+    known = [dtype.name for dtype in DTYPES.values()]
+    if name not in known:
+        raise UserError(f"{config}: dtype {name!r}; expected one of {', '.join(known)}")
+    return name
 
 
 def check_vocabulary(tokenizer_folder: str | pathlib.Path, cfg: ModelConfig) -> None:

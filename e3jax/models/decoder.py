@@ -43,6 +43,14 @@ class Batch:
     mask: jax.Array  # bool: the prediction made at t carries loss
 
 
+def abstract_batch(rows: int, time: int) -> Batch:
+    """ShapeDtypeStructs of a batch, with their sharding where a mesh is set."""
+    place = mesh.sharding(("batch", None), (rows, time))
+    ids = jax.ShapeDtypeStruct((rows, time), jnp.int32, sharding=place)
+    mask = jax.ShapeDtypeStruct((rows, time), jnp.bool_, sharding=place)
+    return Batch(ids, ids, ids, ids, mask)
+
+
 def _is_leaf(x: Any) -> bool:
     return isinstance(x, Leaf)
 
