@@ -11,7 +11,6 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh, AxisType
 
 from e3jax import cli, config, mesh
 from e3jax.errors import UserError
@@ -261,7 +260,7 @@ def architecture(run, shared):
 def test_configurations_type_check_on_256_devices(path, shared):
     run = config.load_run(path)
     cfg = architecture(run, shared)
-    pod = AbstractMesh((2, 16, 8), mesh.AXES, axis_types=(AxisType.Explicit,) * 3)
+    pod = mesh.abstract_mesh(2, 16, 8)
     with jax.sharding.use_abstract_mesh(pod):
         step, arguments = compile.search_inputs(run, cfg, "bfloat16")
         state, _ = step.eval_shape(*arguments)

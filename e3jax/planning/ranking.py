@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
 
 from e3jax import config, job, mesh
 from e3jax.errors import UserError
@@ -113,9 +112,7 @@ def estimate(
     parts. Within 1.5 of the compiler's (tests/test_planning.py)."""
     recipe, time = run.distill, run.data.window
     student = cfg.take_layers(range(resolve_keep(run.search.keep, cfg.num_layers)))
-    shape = (sizes.replica, sizes.data, sizes.model)
-    types = AbstractMesh(shape, mesh.AXES, axis_types=(AxisType.Explicit,) * 3)
-    with jax.sharding.use_abstract_mesh(types):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh(sizes.replica, sizes.data, sizes.model)):
         wide = compile.local_bytes(decoder.abstract_params(student))
         dense = compile.local_bytes(decoder.abstract_params(cfg, jnp.dtype(source_dtype)))
         start = compile.local_bytes(decoder.abstract_params(student, jnp.dtype(source_dtype)))
