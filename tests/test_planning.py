@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from e3jax import cli, config, mesh
+from e3jax import cli, config, configure, mesh
 from e3jax.errors import UserError
 from e3jax.hf import families, folders, hub
 from e3jax.models import attention, decoder, rope
@@ -42,7 +42,7 @@ MODEL = ModelConfig(
 def small_run(out="x", **distill):
     fields = {"batch": 16, "chunk": 512, "teacher": "online", **distill}
     tree = {"out": str(out), "data": {"window": 64}, "search": {"keep": 2}, "distill": fields}
-    return config.validate(tree, "small")
+    return configure.validate(tree, "small")
 
 
 # ---------------------------------------------------------------- chips
@@ -258,7 +258,7 @@ def architecture(run, shared):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configurations_type_check_on_256_devices(path, shared):
-    run = config.load_run(path)
+    run = configure.load_run(path)
     cfg = architecture(run, shared)
     pod = mesh.abstract_mesh(2, 16, 8)
     with jax.sharding.use_abstract_mesh(pod):
