@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from e3jax import __version__, config
 from e3jax.errors import Diverged, UserError
+from e3jax.planning import chips
 
 COMMANDS = {
     "run": (
@@ -37,7 +38,10 @@ COMMANDS = {
     "export": (
         "write the surviving layers as a Hugging Face folder, verified",
         """Writes safetensors, config.json, tokenizer and model card; reads them back and compares
-        logits before the folder gets its name. Stages before it run if they are unfinished.""",
+        logits before the folder gets its name. Stages before it run if they are unfinished.
+        With --from-mask nothing is run or recovered: the layers of the checkpoint model.path that
+        a mask file keeps are copied to the folder `out`, for any family, quantised or not, on any
+        machine: python run.py export --from-mask MASK.json model.path=FOLDER out=FOLDER""",
         ("export",),
     ),
     "evaluate": (
@@ -45,6 +49,15 @@ COMMANDS = {
         """Perplexity, KL to the dense model, top-1 agreement and exact match by greedy decoding.
         Stages before it run if they are unfinished, the baselines' recoveries included.""",
         ("evaluate", "data"),
+    ),
+    "plan": (
+        "memory, time and chip-hours on a topology that need not be there",
+        """Compiles the search and distillation steps ahead of time on this machine's CPU, for TPUs
+        with libtpu (pip install libtpu), and reads only the model's config.json. Prints memory a
+        device by part, whether it fits, the roofline time of a step and the hours of every stage,
+        and saves them as plan-TOPOLOGY.json and .txt in the run folder. GPUs are stood for by CPU
+        devices: their memory is an estimate. Exit code 0 = fits, 1 = does not fit.""",
+        ("model", "mesh", "search", "distill"),
     ),
     "train": (
         "next-token training, from scratch or from a checkpoint",
@@ -54,6 +67,15 @@ COMMANDS = {
     ),
 }
 
+# libtpu where there is no TPU: it asks nobody where it is, shares, and is quiet about the rest.
+AHEAD_OF_TIME = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_STDERR_LOG_LEVEL": "4",
+    "TPU_MIN_LOG_LEVEL": "4",
+}
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what the user can put right
 
 
@@ -83,12 +105,34 @@ def make_parser() -> argparse.ArgumentParser:
             epilog=_keys(sections),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.add_argument("--config", required=True, metavar="FILE", help="a YAML configuration")
+        sub.add_argument(
+            "--config", required=name != "export", metavar="FILE", help="a YAML configuration"
+        )
+        if name == "export":
+            sub.add_argument(
+                "--from-mask",
+                metavar="FILE",
+                help="a mask.json, or {keep: [layers], num_layers: n}; --config is then optional",
+            )
         sub.add_argument(
             "--dry-run",
             action="store_true",
             help="print the resolved plan and stop: no device, no data",
         )
+        if name == "plan":
+            sub.add_argument(
+                "--topology",
+                required=True,
+                metavar="CHIP:SHAPE",
+                help=f"such as v5p:4x4x2, v6e:4x8, h100:8, 2xv5p:4x4x2 (two slices); chips: "
+                f"{', '.join(chips.CHIPS)}",
+            )
+            sub.add_argument(
+                "--search-mesh",
+                action="store_true",
+                help="rank meshes, micro-batches and recomputation, compile the best three and plan"
+                " with the fastest that fits; it is printed as overrides",
+            )
         several = sub.add_argument_group("several processes, each started with the same command")
         several.add_argument(
             "--distributed",
@@ -103,7 +147,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 for bad input, 1 for a run that diverged.
+    """Runs a command; returns the exit code: 0, 2 for bad input, 1 for a run that diverged or a
+    plan that does not fit.
 
     One of several processes that fails ends at once, so that the others notice.
     """
@@ -112,54 +157,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("e3jax").setLevel(logging.INFO)
     several, code = _several(options), 0
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_terminable())
         try:
             run = config.load_run(options.config, options.overrides)
-            _prepare_jax(run)
+            if options.from_mask is not None:
+                from e3jax import from_mask  # which does without jax
+
+                stack.enter_context(_terminable())
+                from_mask.export(run, options.from_mask, dry_run=options.dry_run)
+                return 0
+            planned = chips.parse(options.topology) if options.command == "plan" else None
+            _prepare_jax(run, planned)
             if several:
                 stack.enter_context(_joined(options))
-            from e3jax import pipeline  # after the environment is set: it imports jax
+            from e3jax import notice, pipeline  # after the environment is set: they import jax
 
-            pipeline.execute(options.command, run, dry_run=options.dry_run)
+            stack.enter_context(notice.listen())
+            if planned is None or options.dry_run:
+                pipeline.execute(options.command, run, dry_run=options.dry_run)
+            elif not pipeline.plan(run, planned, search_mesh=options.search_mesh):
+                code = 1
         except (UserError, Diverged) as error:
             print(f"error: {error}", file=sys.stderr)
             code = 2 if isinstance(error, UserError) else 1
-        except OSError as error:
-            if error.errno not in DISK:
-                raise
-            where = error.filename or run.out
-            print(
-                f"error: {where}: {error.strerror}; once it can be written, give the same command",
-                file=sys.stderr,
-            )
-            code = 2
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
             code = 130
-        except Exception:
+        except SystemExit as error:
             if not several:
                 raise
-            traceback.print_exc()
-            code = 1
+            code = error.code if isinstance(error.code, int) else 1
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in DISK:
+                where = f"{error.filename or run.out}: {error.strerror}"
+                print(
+                    f"error: {where}; once it can be written, give the same command",
+                    file=sys.stderr,
+                )
+                code = 2
+            elif several:
+                traceback.print_exc()
+                code = 1
+            else:
+                raise
         if several and code:
-            from e3jax import processes
+            from e3jax import notice, processes
 
+            if notice.told():
+                code = notice.CODE  # what failed, failed because another process left
+                notice.linger()
             processes.leave(code)
     return code
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM outside of the training loop: open files are closed, half written ones removed."""
-
-    def stop(*_: object) -> None:
-        print("told to stop; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGTERM)
-
+    """SIGTERM ends what is open in an orderly way; notice.py, which does more, needs jax."""
     if threading.current_thread() is not threading.main_thread():  # only that one gets signals
         yield
         return
-    old = signal.signal(signal.SIGTERM, stop)
+    old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield
     finally:
@@ -174,6 +230,8 @@ def _several(options: argparse.Namespace) -> bool:
         make_parser().error(
             "give --distributed alone, or all of --coordinator, --processes and --process"
         )
+    if options.from_mask is not None and (options.distributed or given):
+        make_parser().error("--from-mask is the work of one process")
     if not options.distributed and not given and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         log = logging.getLogger("e3jax")
         log.warning("Slurm started several tasks: without --distributed each works alone")
@@ -197,20 +255,29 @@ def _joined(options: argparse.Namespace) -> Iterator[None]:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses options and overrides in any order."""
     parser = make_parser()
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(arguments, argparse.Namespace(from_mask=None))
     options.overrides = [*options.overrides, *rest]
     if unknown := [a for a in options.overrides if a.startswith("-") or "=" not in a]:
         parser.error(f"neither an option nor key=value: {' '.join(unknown)}")
+    if options.config is None and options.from_mask is None:
+        parser.error("export needs --config FILE, or --from-mask FILE")
     return options
 
 
-def _prepare_jax(run: config.Run) -> None:
-    """Process-wide settings, before anything touches a device."""
+def _prepare_jax(run: config.Run, planned: chips.Topology | None = None) -> None:
+    """Process-wide settings, before anything touches a device, or for a plan instead of any."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    flags = [os.environ.get("XLA_FLAGS", "")]
     if run.deterministic:
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+        flags.append("--xla_gpu_deterministic_ops=true")
+    if planned is not None:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        if planned.is_tpu:
+            os.environ.update(AHEAD_OF_TIME)
+        else:
+            flags.append(f"--xla_force_host_platform_device_count={planned.devices}")
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
     import jax
 
     jax.config.update("jax_threefry_partitionable", True)

@@ -174,9 +174,7 @@ class Search:
 
 @strict
 class Distill:
-    mask: str | None = Field(
-        default=None, description="mask file to recover; none = this run's search"
-    )
+    mask: str | None = Field(default=None, description="mask file; none = this run's search")
     steps: int = Field(default=1000, ge=1, description="optimiser steps")
     batch: int = Field(default=64, ge=1, description="windows a step")
     microbatch: int | None = Field(
@@ -208,15 +206,16 @@ class Distill:
         " fine-tuning)",
     )
     top_k: int = Field(default=10, ge=1, description="stored logits a token")
+    cache: str | None = Field(
+        default=None, description="where they are: folder or gs://bucket/path; none = in `out`"
+    )
     tail: Literal["renormalise", "drop", "bucket"] = Field(
         default="bucket", description="what stands for the outcomes beyond top_k"
     )
-    chunk: int = Field(default=2048, ge=1, description="tokens whose logits exist at a time")
+    chunk: int = Field(default=2048, ge=1, description="tokens of a device whose logits exist")
     evaluate_every: int = Field(default=100, ge=1, description="steps between held-out figures")
     checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
-    patience: int = Field(
-        default=10, ge=1, description="non-finite steps in a row that stop the job"
-    )
+    patience: int = Field(default=10, ge=1, description="non-finite steps in a row that stop it")
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> "Distill":
@@ -294,24 +293,24 @@ class Run:
     evaluate: Evaluate = Field(default=Evaluate(), description="figures")
 
 
-def load_run(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Run:
-    """Reads a YAML file, applies `key.path=value` overrides (values are YAML), validates.
+def load_run(path: str | pathlib.Path | None, overrides: Sequence[str] = ()) -> Run:
+    """Reads a YAML file or none, applies `key.path=value` overrides (also YAML), validates.
 
     A file that is not here, or a bare name such as `demo`, means one of the bundled configurations.
     Raises UserError naming the file, key and value; an unknown key with the nearest known one.
     """
-    path = _find(str(path))
+    where = "the command line" if path is None else str(_find(str(path)))
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = yaml.safe_load(pathlib.Path(where).read_text("utf-8") if path else "") or {}
     except OSError as error:
-        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from error
+        raise UserError(f"{where}: cannot read the configuration: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
+        raise UserError(f"{where}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected keys and values, found {type(tree).__name__}")
+        raise UserError(f"{where}: expected keys and values, found {type(tree).__name__}")
     for text in overrides:
         _override(tree, text)
-    return validate(tree, str(path))
+    return validate(tree, where)
 
 
 def _find(path: str) -> pathlib.Path:

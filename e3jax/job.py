@@ -23,7 +23,7 @@ from e3jax.data import batches as data_batches
 from e3jax.data import text
 from e3jax.data.windows import Windows
 from e3jax.errors import UserError
-from e3jax.hf import families, load
+from e3jax.hf import families, folders, hub, load
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Batch, Params
@@ -72,7 +72,7 @@ class Job:
     def _windows(
         self, sources: Sequence[config.Source], decontaminate: Sequence[str] = ()
     ) -> Windows:
-        return text.tokenize(sources, self.run.data, self.source, decontaminate=decontaminate)
+        return tokenize(self.run, sources, self.source, decontaminate)
 
     @functools.cached_property
     def problems(self) -> list[text.Problem]:
@@ -99,16 +99,18 @@ def open_mesh(spec: config.Mesh) -> Any:
 
 def open_job(run: config.Run) -> Job:
     """Loads the dense model and checks that its parts belong together. Call under the mesh."""
-    source = load.resolve(run.model.path, run.model.revision)
+    source = hub.resolve(run.model.path, run.model.revision)
     cfg = families.read_config(source)
     check_window(run, cfg)
-    load.check_vocabulary(source, cfg)
-    tell_replicated(cfg, load.source_dtype(source))
+    folders.check_vocabulary(source, cfg)
+    tell_replicated(cfg, folders.source_dtype(source))
+    identity = files.checkpoint_hash(source)
+    processes.same(f"model.path={run.model.path}", identity)
     return Job(
         run=run,
         out=pathlib.Path(run.out).expanduser(),
         source=source,
-        identity=files.checkpoint_hash(source),
+        identity=identity,
         cfg=cfg,
         params=load.load_params(source, cfg),
         tokenizer=text.load_tokenizer(source),
@@ -119,6 +121,22 @@ def tell_replicated(cfg: ModelConfig, dtype: str) -> None:
     """Logs which parameters the mesh does not divide, and what that costs."""
     for line in decoder.replicated(cfg, dtype):
         log.info("%s", line)
+
+
+def tokenize(
+    run: config.Run,
+    sources: Sequence[config.Source],
+    tokenizer: pathlib.Path,
+    decontaminate: Sequence[str] = (),
+) -> Windows:
+    """Token windows of sources. Every host makes them once, in its own data.cache or a shared one.
+
+    Raises UserError where hosts would train on different data.
+    """
+    windows = text.tokenize(sources, run.data, tokenizer, decontaminate=decontaminate)
+    names = ", ".join(source.path for source in sources)
+    processes.same(f"the tokens of {names}", windows.fingerprint)
+    return windows
 
 
 def check_window(run: config.Run, cfg: ModelConfig) -> None:
@@ -137,6 +155,7 @@ def claim_folder(run: config.Run) -> Iterator[pathlib.Path]:
     processes of this one do not all see the same folder.
     """
     out = pathlib.Path(run.out).expanduser()
+    processes.same("the configuration", files.fingerprint(dataclasses.replace(run, out="")))
     lock = -1
 
     def claim() -> str:

@@ -159,6 +159,21 @@ def gather(weight: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.sharding.reshard(weight, whole.update(reduced=frozenset(BATCH)))
 
 
+def abstract(tree: Any) -> Any:
+    """ShapeDtypeStructs, such as jax.eval_shape gives, on the mesh that is set.
+
+    Those know their spec at most; one that has none is whole on every device.
+    """
+
+    def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        place = sharding((None,) * len(x.shape))
+        if place is not None and x.sharding is not None:
+            place = NamedSharding(place.mesh, x.sharding.spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    return jax.tree.map(one, tree)
+
+
 def replicate(tree: Any) -> Any:
     """Every leaf whole on every device of the mesh that is set (host arrays or device arrays).
 
@@ -206,3 +221,22 @@ def shard_batch(tree: Any) -> Any:
         return jax.make_array_from_callback((shards * each, *x.shape[1:]), place, part)
 
     return jax.tree.map(one, tree)
+
+
+def row_owners(batch: int) -> np.ndarray:
+    """The process that has each row of a global batch, the lowest where several do: int64 [B]."""
+    place = sharding(("batch",))
+    if place is None:
+        return np.zeros(batch, np.int64)
+    owners = np.full(batch, jax.process_count(), np.int64)
+    for device, (part,) in place.devices_indices_map((batch,)).items():
+        owners[part] = np.minimum(owners[part], device.process_index)
+    return owners
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+    """This process's rows (those of `rows_here`) of an array that only its axis 0 is split of."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    parts = {part.index[0].start or 0: part.data for part in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[first]) for first in sorted(parts)])

@@ -14,9 +14,9 @@ from e3jax import config, files, job, mesh, processes
 from e3jax.data import text
 from e3jax.errors import UserError
 from e3jax.evaluate.table import Row
+from e3jax.hf import aside, families, folders, load
 from e3jax.hf import card as cards
 from e3jax.hf import export as hf_export
-from e3jax.hf import families, load
 from e3jax.job import Job
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
@@ -26,7 +26,6 @@ from e3jax.stages import Mask
 
 log = logging.getLogger(__name__)
 
-RECORD = "e3jax.json"  # in an exported folder: what it was made from
 TOLERANCE = 1e-4  # greatest difference of float32 logits, relative to the greatest logit
 PROBES = 4  # windows, and prompts, that are compared
 PROBE_TOKENS = 256  # of each window: logits of whole ones would be gigabytes
@@ -55,14 +54,14 @@ def export(
         shard_gb=spec.shard_gb,
         recovered=files.read_json(training) if training else None,
     )
-    if processes.from_first((out / RECORD).exists):
-        if not (changed := files.differences(files.read_json(out / RECORD), inputs)):
+    if processes.from_first((out / aside.RECORD).exists):
+        if not (changed := files.differences(files.read_json(out / aside.RECORD), inputs)):
             log.info("export: %s is there already, from the same model", out)
             return
         listed = "\n  ".join(changed)
         raise UserError(f"{out}: holds the export of another model:\n  {listed}\nremove it first")
     cfg = job_.cfg.take_layers(mask.keep)
-    dtype = load.source_dtype(job_.source) if spec.dtype == "source" else spec.dtype
+    dtype = folders.source_dtype(job_.source) if spec.dtype == "source" else spec.dtype
     stored = jax.tree.map(lambda w: w.astype(dtype), params)
     card = cards.model_card(
         name=job_.out.name,
@@ -77,7 +76,7 @@ def export(
     def verify(folder: pathlib.Path) -> None:
         _verify(folder, out, stored, cfg, job_, transformers)
         if processes.is_first():
-            files.write_json(folder / RECORD, inputs)  # so that it appears with the folder
+            files.write_json(folder / aside.RECORD, inputs)  # so that it appears with the folder
 
     hf_export.export(
         stored,

@@ -10,14 +10,16 @@ from typing import Any
 
 import jax
 
-from e3jax import config, files, job, outputs, plan, processes, stages
-from e3jax.data import text
+from e3jax import config, files, job, outputs, processes, stages
 from e3jax.errors import UserError
 from e3jax.evaluate import table
-from e3jax.hf import families, load
+from e3jax.hf import families, folders, hub
 from e3jax.job import Job
 from e3jax.models import decoder
 from e3jax.models.decoder import Params
+from e3jax.planning import budget, ranking
+from e3jax.planning import plan as planning
+from e3jax.planning.chips import Topology
 from e3jax.report import pictures
 from e3jax.stages import Mask
 
@@ -45,8 +47,8 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
 
 def _plan_text(command: str, run: config.Run) -> str:
     source = files.bundled(run.train.config) if command == "train" and run.train.config else None
-    folder = load.resolve(run.model.path, run.model.revision) if source is None else source
-    cfg = families.read_config(folder)
+    path = hub.resolve_config(run.model.path, run.model.revision) if source is None else source
+    cfg = families.read_config(path)
     job.check_window(run, cfg)
     if command == "train":
         steps = run.train.recipe
@@ -55,8 +57,33 @@ def _plan_text(command: str, run: config.Run) -> str:
             f"train: {cfg.num_layers} layers, {decoder.count_params(cfg):,} parameters, "
             f"<= {tokens:,} tokens"
         )
-    resolved = plan.make_plan(run, cfg, load.source_dtype(folder))
-    return f"{run.model.path} ({cfg.family}) -> {run.out}\n{plan.describe(resolved)}"
+    resolved = budget.make_budget(run, cfg, folders.planned_dtype(path))
+    return f"{run.model.path} ({cfg.family}) -> {run.out}\n{budget.describe(resolved)}"
+
+
+def plan(run: config.Run, topology: Topology, *, search_mesh: bool = False) -> bool:
+    """Whether the run fits the topology, which need not be there; prints and saves all of it.
+
+    The files are plan-TOPOLOGY.json and .txt in the run folder. Raises UserError.
+    """
+    path = hub.resolve_config(run.model.path, run.model.revision)
+    cfg, dtype = families.read_config(path), folders.planned_dtype(path)
+    job.check_window(run, cfg)
+    with job.claim_folder(run) as out:
+        begun, measured = time.monotonic(), None
+        if search_mesh:
+            choice = ranking.search_mesh(run, cfg, dtype, topology, log.info)
+            run, measured = choice.apply(run), choice.compiled
+        found = planning.make_plan(run, cfg, dtype, topology, measured)
+        text = f"{run.model.path} ({cfg.family}) on {planning.describe(found)}"
+        if search_mesh:
+            verdict = "the fastest that fits" if found.fits else "the nearest to fitting"
+            text += f"\n{verdict}: {choice.overrides}"
+        name = f"plan-{topology.text.replace(':', '-')}"
+        files.write_json(out / f"{name}.json", planning.as_json(found))
+        files.write_text(out / f"{name}.txt", text + "\n")
+        print(f"{text}\n{out}/{name}.json, in {time.monotonic() - begun:.0f} s")
+    return found.fits
 
 
 def _describe_model(job_: Job) -> str:
@@ -176,15 +203,13 @@ def train(run: config.Run, out: pathlib.Path) -> None:
             raise UserError("train.tokenizer: required with train.config: a tokenizer's folder")
         cfg = families.read_config(files.bundled(spec.config))
         tokenizer_folder = files.bundled(spec.tokenizer)
-        load.check_vocabulary(tokenizer_folder, cfg)
+        folders.check_vocabulary(tokenizer_folder, cfg)
         job.tell_replicated(cfg, "float32")
         params = decoder.init_params(jax.random.key(run.seed), cfg)
         start = {"config": dataclasses.asdict(cfg)}
     job.check_window(run, cfg)
-    windows = text.tokenize(
-        run.data.train, run.data, tokenizer_folder, decontaminate=run.data.decontaminate
-    )
-    held_out = text.tokenize(run.data.held_out, run.data, tokenizer_folder)
+    windows = job.tokenize(run, run.data.train, tokenizer_folder, run.data.decontaminate)
+    held_out = job.tokenize(run, run.data.held_out, tokenizer_folder)
     trained = stages.train_student(
         "train",
         run,
@@ -205,7 +230,7 @@ def train(run: config.Run, out: pathlib.Path) -> None:
 
 
 def _rehearse_if_long(job_: Job) -> None:
-    planned = plan.make_plan(job_.run, job_.cfg, load.source_dtype(job_.source))
+    planned = budget.make_budget(job_.run, job_.cfg, folders.source_dtype(job_.source))
     if planned.tokens >= REHEARSE_FROM and job_.cfg.num_layers > 2:
         begun = time.monotonic()
         rehearse(job_)

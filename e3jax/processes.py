@@ -5,6 +5,7 @@ holds, a signal, an error) is decided by process 0 or by a vote, since two proce
 different ways wait for each other for ever. Shared files are written by process 0 alone.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from e3jax import mesh
@@ -20,6 +22,9 @@ from e3jax.errors import UserError
 
 HEARTBEAT_S = 60  # a process that is silent for so long is dead, and ends all others
 JOIN_S = 300  # for the last process to start
+WAIT_MS = 7 * 24 * 3600 * 1000  # for work that one does alone; that it died is known much sooner
+
+_calls = itertools.count()
 
 
 def start(
@@ -48,6 +53,16 @@ def start(
         ) from error
 
 
+def client() -> Any:
+    """The client of jax's coordination service, a key-value store; multihost_utils uses it too."""
+    return distributed.global_state.client
+
+
+def _next(name: str) -> str:
+    """A name that no call had before: all processes make the same calls in the same order."""
+    return f"e3jax/{next(_calls)}/{name}"
+
+
 def is_first() -> bool:
     """Whether this process is the one that decides and writes."""
     return jax.process_index() == 0
@@ -56,37 +71,60 @@ def is_first() -> bool:
 def barrier(name: str) -> None:
     """Returns when every process has come here."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        client().wait_at_barrier(_next(name), WAIT_MS)
 
 
 def from_first(make: Callable[[], Any]) -> Any:
     """The JSON value of `make()` in process 0, in every process; a UserError there is one in all.
 
-    For decisions that rest on files: one process may see a file that another does not see yet.
+    For decisions that rest on files: one process may see a file that another does not see yet; and
+    for work that one does alone. The others wait on the host, no device is held by a collective.
     """
     if jax.process_count() == 1:
         return make()
-    said: dict[str, Any] = {}
+    key = _next("from first")
     if is_first():
         try:
             said = {"value": make()}
         except UserError as error:
             said = {"error": str(error)}
-    data = np.frombuffer(json.dumps(said).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    padded = np.zeros(size, np.uint8)
-    padded[: len(data) if is_first() else 0] = data if is_first() else 0
-    said = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8)))
+        client().key_value_set(key, json.dumps(said))
+    said = json.loads(client().blocking_key_value_get(key, WAIT_MS))
     if "error" in said:
         raise UserError(said["error"])
     return said["value"]
 
 
+def array_from_first(x: np.ndarray) -> np.ndarray:
+    """Process 0's array, in every process; all give one of the same shape and dtype."""
+    return x if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(x))
+
+
+def gather(value: Any) -> list[Any]:
+    """The JSON values of all processes, by their numbers, in every process."""
+    if jax.process_count() == 1:
+        return [value]
+    key = _next("gather")
+    client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+    client().wait_at_barrier(key, WAIT_MS)
+    said = {name.rsplit("/", 1)[-1]: text for name, text in client().key_value_dir_get(f"{key}/")}
+    return [json.loads(said[str(number)]) for number in range(jax.process_count())]
+
+
 def everywhere(fact: bool) -> bool:
     """Whether a fact holds in every process."""
-    if jax.process_count() == 1:
-        return fact
-    return bool(np.all(multihost_utils.process_allgather(np.array(fact))))
+    return all(gather(fact))
+
+
+def same(what: str, value: str) -> None:
+    """Raises UserError in all processes unless all of them have the same value."""
+    values = gather(value)
+    for number, other in enumerate(values):
+        if other != values[0]:
+            raise UserError(
+                f"{what}: process {number} has another one than process 0 ({other} and "
+                f"{values[0]}); every process needs the same command and the same files"
+            )
 
 
 def vote(fact: bool) -> Any:

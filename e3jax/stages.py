@@ -1,6 +1,5 @@
 """The stages of a run. Each is restartable: called again, it goes on, or returns what it has."""
 
-import contextlib
 import dataclasses
 import logging
 import pathlib
@@ -11,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e3jax import config, files, job, mesh, processes
-from e3jax.data.teacher import TeacherCache, open_cache
+from e3jax import config, files, job, mesh, processes, teaching
+from e3jax.data.teacher import TeacherCache
 from e3jax.data.windows import Windows
 from e3jax.distill import distill, losses
 from e3jax.errors import UserError
@@ -228,7 +227,7 @@ def recover(job_: Job, mask: Mask, folder: pathlib.Path) -> Params:
     run, recipe = job_.run, job_.run.distill
     cache = None
     if recipe.teacher == "cache":
-        cache = write_teacher_cache(job_)
+        cache = teaching.teacher_cache(job_)
 
     def entropy() -> float:
         if cache is not None:
@@ -321,7 +320,7 @@ def train_student(
             return arrays | cache.read(arrays["index"])
 
     decides = dataclasses.asdict(recipe)
-    del decides["checkpoint_every"]
+    del decides["checkpoint_every"], decides["cache"]  # a place
     state = fit(
         name,
         step,
@@ -340,30 +339,3 @@ def train_student(
     if skipped := int(state.skipped):
         log.warning("%s: %d steps were not finite and were left out", name, skipped)
     return state.params
-
-
-def write_teacher_cache(job_: Job) -> TeacherCache:
-    """teacher/: the dense model's top-k for every train window; goes on where it was killed."""
-    recipe, folder = job_.run.distill, job_.out / "teacher"
-    windows = job_.train
-    facts = (windows, recipe.top_k, recipe.temperature, job_.identity)
-    with contextlib.suppress(UserError):
-        return open_cache(folder, *facts)
-    cache = TeacherCache.create(folder, *facts)
-
-    @jax.jit
-    def topk(params: Params, batch: decoder.Batch) -> tuple[jax.Array, ...]:
-        h = decoder.hidden(params, batch, job_.cfg, dtype=job_.dtype, remat="none")
-        head = decoder.head(params, job_.cfg)
-        return losses.teacher_topk(h, head, recipe.top_k, recipe.temperature, recipe.chunk)
-
-    todo = cache.todo()
-    rows = job.rows_per_batch(recipe.microbatch or recipe.batch)
-    for start in range(0, len(todo), rows):
-        index = np.full(rows, -1)
-        index[: len(todo[start : start + rows])] = todo[start : start + rows]
-        batch = job.to_batch(job.data_batches.gather(windows, index))
-        cache.write(index, *map(np.asarray, topk(job_.params, mesh.shard_batch(batch))))
-    stats = cache.finish(windows)
-    log.info("teacher cache: %.2f %% of the mass captured", 100 * stats["captured_mass"])
-    return open_cache(folder, *facts)

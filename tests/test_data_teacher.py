@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 import tensorstore
 
-from e3jax.data.batches import gather
-from e3jax.data.teacher import TeacherCache, estimate_bytes, open_cache
+from e3jax.data import store
+from e3jax.data.batches import gather, make_batches, used_windows
+from e3jax.data.teacher import (
+    BLOCK,
+    ROWS_PER_SHARD,
+    TeacherCache,
+    deal,
+    estimate_bytes,
+    open_cache,
+)
 from e3jax.data.windows import Document, load_windows, pack, store_windows
 from e3jax.errors import UserError
 
@@ -223,3 +231,105 @@ def test_layout_is_zarr3_with_one_row_a_chunk(finished, windows):
     ).result()
     assert array.chunk_layout.read_chunk.shape == (1, T, K)
     assert array.dtype == tensorstore.int32 and array.shape == (len(windows), T, K)
+
+
+# ---------------------------------------------------------------- only what is used
+
+
+@pytest.mark.parametrize(("steps", "count"), [(1, 100), (7, 100), (13, 100), (40, 100), (3, 5)])
+def test_used_windows_are_those_of_the_batches(windows, steps, count):
+    few = dataclasses.replace(windows, tokens=np.zeros((count, T), np.int32))
+    few = dataclasses.replace(few, segments=few.tokens, loss=few.tokens > 0)
+    batches = make_batches(few, 8, seed=3)
+    seen = np.unique(np.concatenate([batches(step)["index"] for step in range(steps)]))
+    assert np.array_equal(used_windows(count, 8, 3, steps), seen)
+
+
+def test_a_cache_of_some_windows_is_extended(tmp_path, windows, teacher):
+    """A later run that needs more windows writes those alone; each has figures of its own."""
+    few, more = np.array([1, 4, 9]), np.array([1, 2, 9, 11])
+    facts = (tmp_path / "cache", windows, K, 2.0, "t")
+    cache = TeacherCache.create(*facts, few)
+    assert cache.todo().tolist() == few.tolist()
+    fill(cache, teacher, few)
+    first = cache.finish(windows)
+    rows = open_cache(*facts, few).read(few)
+    assert np.array_equal(rows["ids"], teacher[0][few])
+    with pytest.raises(UserError, match=r"row 2 .*never written"):
+        open_cache(*facts, few).read(np.array([2]))
+    for other in (more, None):
+        with pytest.raises(UserError, match="not finished with this run's windows"):
+            open_cache(*facts, other)
+
+    cache = TeacherCache.create(*facts, more)
+    assert cache.todo().tolist() == [2, 11]
+    fill(cache, teacher, [2, 11])
+    second = cache.finish(windows)
+    mask = gather(windows, more)["mask"]
+    assert second["mean_entropy"] == pytest.approx(teacher[2][more][mask].mean(), rel=1e-6)
+    assert second != first and open_cache(*facts, more).stats == second
+
+
+# ---------------------------------------------------------------- several writers
+
+
+@pytest.mark.parametrize(
+    "owners", [[0] * 4, [0, 0, 1, 1], [0, 1, 2, 3], [0, 0, 2, 2], [3, 1, 1, 0, 0, 0]]
+)
+@pytest.mark.parametrize("left", [1.0, 0.3])
+def test_every_file_has_one_writer(owners, left):
+    """Each window is dealt once; no two processes get windows of one shard file of any array."""
+    todo = np.flatnonzero(np.random.default_rng(0).random(1000) < left)
+    dealt = deal(todo, np.array(owners))
+    assert sorted(dealt[dealt >= 0].tolist()) == todo.tolist()
+    writers = {}
+    for column, owner in enumerate(owners):
+        for window in dealt[:, column][dealt[:, column] >= 0]:
+            writers.setdefault(window // ROWS_PER_SHARD, set()).add(owner)
+            writers.setdefault(("check", window // BLOCK), set()).add(owner)
+    assert all(len(who) == 1 for who in writers.values())
+    assert set.union(*writers.values()) == set(owners)
+    most = max(np.count_nonzero(dealt[:, column] >= 0) for column in range(len(owners)))
+    assert len(dealt) == most  # no batch is empty
+
+
+def test_bytes_a_token_as_stored(finished, windows):
+    cache = open_cache(finished, windows, K, 2.0, "t")
+    data = [
+        f for n in ("ids", "logp", "entropy", "lognorm") for f in (finished / n / "c").rglob("*")
+    ]
+    stored = sum(f.stat().st_size for f in data if f.is_file())
+    assert cache.bytes_a_token() == pytest.approx(stored / windows.tokens.size)
+
+
+# ---------------------------------------------------------------- buckets
+
+
+def test_addresses():
+    assert store.kvstore("/data/cache") == {"driver": "file", "path": "/data/cache/"}
+    assert store.kvstore("gs://teachers/qwen3/32b/") == {
+        "driver": "gcs",
+        "bucket": "teachers",
+        "path": "qwen3/32b/",
+    }
+    assert store.kvstore("gs://teachers")["path"] == ""
+    for bad in ("s3://b/c", "gs://", "gs:///c", "http://x/y"):
+        with pytest.raises(UserError, match="expected a folder, or gs://bucket/path"):
+            store.kvstore(bad)
+
+
+def test_tensorstore_takes_the_bucket_for_files_and_arrays():
+    place = store.Store("gs://teachers/qwen3")
+    assert tensorstore.KvStore.Spec(place.spec).url == "gs://teachers/qwen3/"
+    assert place.free_bytes() is None
+    spec = {"driver": "zarr3", "kvstore": place.spec | {"path": f"{place.spec['path']}ids/"}}
+    assert tensorstore.Spec(spec).kvstore.url == "gs://teachers/qwen3/ids/"
+
+
+def test_a_bucket_that_cannot_be_reached_is_told(windows, monkeypatch):
+    """A port where nobody listens stands for a machine without network."""
+    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", "http://localhost:1")
+    monkeypatch.setitem(store.CONTEXT, "gcs_request_retries", {"max_retries": 1})
+    with pytest.raises(UserError, match=r"gs://teachers/q: cannot be read: .*check the bucket's"):
+        open_cache("gs://teachers/q", windows, K, 2.0, "t")

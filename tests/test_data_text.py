@@ -1,9 +1,13 @@
 """Sources, rendering, packing and storage of token windows; decontamination; problems."""
 
+import errno
 import gzip
 import json
 import pathlib
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -334,6 +338,12 @@ def _stopping(packed):
 
 
 def test_another_process_that_is_first_wins(tmp_path, tokenizer_folder, data, monkeypatch):
+    """On a disk without locks, where both work."""
+
+    def no_lock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("e3jax.data.windows.fcntl", SimpleNamespace(flock=no_lock, LOCK_EX=2))
     path = write(tmp_path / "t.jsonl", [{"text": "w1 w2"}] * 5)
     inner = []
 
@@ -346,6 +356,23 @@ def test_another_process_that_is_first_wins(tmp_path, tokenizer_folder, data, mo
     monkeypatch.setattr(text, "pack", racing)
     outer = tokenize([Source(path=path)], data(), tokenizer_folder)
     assert outer.fingerprint == inner[1].fingerprint
+    assert len([f for f in (tmp_path / "cache").iterdir()]) == 1
+
+
+def test_one_tokenises_for_all_on_a_host(tmp_path, tokenizer_folder, data, monkeypatch):
+    path = write(tmp_path / "t.jsonl", [{"text": "w1 w2"}] * 5)
+    made = []
+
+    def slow(*arguments):
+        made.append(None)
+        time.sleep(0.3)
+        return pack(*arguments)
+
+    monkeypatch.setattr(text, "pack", slow)
+    with ThreadPoolExecutor(3) as pool:
+        task = lambda _: tokenize([Source(path=path)], data(), tokenizer_folder)
+        found = list(pool.map(task, range(3)))
+    assert len(made) == 1 and len({windows.fingerprint for windows in found}) == 1
     assert len([f for f in (tmp_path / "cache").iterdir()]) == 1
 
 

@@ -10,7 +10,8 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from e3jax.errors import UserError
-from e3jax.hf.families import FAMILIES, cut_config, from_hf, read_config, to_hf
+from e3jax.hf.cut import cut_config
+from e3jax.hf.families import FAMILIES, from_hf, read_config, to_hf
 from e3jax.hf.tensors import tensor_table
 from e3jax.models.config import ModelConfig, Rope
 from e3jax.models.rope import inverse_frequencies

@@ -21,7 +21,8 @@ from e3jax.hf import safetensors
 from e3jax.hf.card import model_card, read_license
 from e3jax.hf.export import export, export_new
 from e3jax.hf.families import from_hf, read_config
-from e3jax.hf.load import INDEX, load_params
+from e3jax.hf.folders import INDEX
+from e3jax.hf.load import load_params
 from e3jax.models import decoder
 from hf_tiny import (
     SHARED,

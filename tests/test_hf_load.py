@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from e3jax import mesh
 from e3jax.errors import UserError
 from e3jax.hf.families import read_config
-from e3jax.hf.load import INDEX, check_vocabulary, load_params, resolve, source_dtype
+from e3jax.hf.folders import INDEX, check_vocabulary, source_dtype
+from e3jax.hf.hub import resolve
+from e3jax.hf.load import load_params
 from hf_tiny import (
     SHARED,
     assert_same_logits,
@@ -219,7 +221,7 @@ def test_not_finite_weights_are_named(tmp_path, value):
         tensors["model.norm.weight"][0] = value
 
     rewrite(folder, change)
-    refused(folder, f"NaN or infinite weights: model.norm.weight, {bad}")
+    refused(folder, f"NaN or infinite weights: {bad}, model.norm.weight")
 
 
 def test_overflow_of_the_dtype_asked_for_is_named(tmp_path):

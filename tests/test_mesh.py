@@ -1,5 +1,8 @@
 """The mesh: sizes, rules, placement; and nothing of it needed where none is set."""
 
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import jax
 import numpy as np
 import pytest
@@ -88,3 +91,51 @@ def test_abstract_mesh_gives_types_without_devices():
     with jax.sharding.use_abstract_mesh(pod):
         place = mesh.sharding(("embed", "heads"), (128, 4))
     assert place.mesh == pod and place.spec == P("data", None)
+
+
+class Place(NamedTuple):
+    process_index: int
+    number: int
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"),
+    [
+        (2, (1, 8, 1)),
+        (4, (1, 8, 1)),
+        (2, (2, 4, 1)),
+        (4, (2, 2, 2)),
+        (2, (1, 2, 4)),
+        (8, (1, 2, 4)),
+    ],
+)
+def test_the_rows_of_processes_make_up_the_batch(monkeypatch, count, sizes):
+    """Eight devices dealt out to processes that are not started: what each of them would read.
+
+    With a model axis across processes several hold the same rows; the lowest of them owns these.
+    """
+    devices = jax.devices()
+    each = len(devices) // count
+    with set_mesh(*sizes):
+        place = mesh.sharding(("batch",))
+        whole = place.devices_indices_map((16,))
+        held = []
+        for number in range(count):
+            mine = devices[number * each : (number + 1) * each]
+            local = {device: part for device, part in whole.items() if device in mine}
+            monkeypatch.setattr(
+                type(place), "addressable_devices_indices_map", lambda *_, local=local: local
+            )
+            held.append(mesh.rows_here(16))
+            monkeypatch.undo()
+        # The same devices, said to be of that many processes.
+        dealt = [(Place(d.id // each, d.id), part) for d, part in whole.items()]
+        fake = SimpleNamespace(devices_indices_map=lambda _: dict(dealt))
+        monkeypatch.setattr(mesh, "sharding", lambda _: fake)
+        monkeypatch.setattr(jax, "process_count", lambda: count)
+        owners = mesh.row_owners(16)
+    assert np.array_equal(np.unique(np.concatenate(held)), np.arange(16))
+    if sizes[2] == 1:
+        assert np.array_equal(np.concatenate(held), np.arange(16))
+    for row, owner in enumerate(owners):
+        assert owner == min(number for number in range(count) if row in held[number])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -15,14 +16,28 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from e3jax import processes
+from e3jax import notice, processes
 from e3jax.hf.export import export_new
+from e3jax.training.metrics import read_metrics
 from training_tiny import CFG, dense_params
 
 ROOT = pathlib.Path(__file__).parent.parent
 TOKENIZER = ROOT / "e3jax" / "demo" / "model"
 DEMO = ROOT / "e3jax" / "demo"
 STEPS = 8
+CACHE = ("distill.teacher=cache", "distill.top_k=8")
+RECORD = """
+import os, sys
+
+file = os.open(os.environ["TOUCHED"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+def record(event, arguments):
+    writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+        os.write(file, f"{arguments[0]}\\n".encode())
+
+sys.addaudithook(record)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +68,8 @@ def place(tmp_path_factory):
         "evaluate": {"batch": 4, "max_new_tokens": 8, "baselines": [], "loss_curve": False},
     }  # fmt: skip
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    (folder / "record").mkdir()
+    (folder / "record" / "sitecustomize.py").write_text(RECORD)
     return folder
 
 
@@ -62,18 +79,20 @@ def free_port():
         return found.getsockname()[1]
 
 
-def start(place, count, *arguments, devices=1, each=None):
+def start(place, count, *arguments, devices=1, each=None, program=("run.py",)):
     """`count` processes of the program on loopback, with so many devices each.
 
-    each: process number -> an argument of that process alone.
+    each: process number -> an argument of that process alone. What Python opens, makes, renames or
+    removes is recorded in touched-<number>.txt.
     """
     environment = {
         **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(place / "record"), str(ROOT)]),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(place / f"compiled-{count}-{devices}"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "run.py", *arguments]
+    command = [sys.executable, *program, *arguments]
     if count > 1:
         command += ["--coordinator", f"localhost:{free_port()}", "--processes", str(count)]
     started = []
@@ -81,8 +100,9 @@ def start(place, count, *arguments, devices=1, each=None):
         which = ["--process", str(number)] if count > 1 else []
         which += [each(number)] if each else []
         log = open(place / f"log-{number}.txt", "w")  # noqa: SIM115  a full pipe would block
+        own = {**environment, "TOUCHED": str(place / f"touched-{number}.txt")}
         started.append(
-            subprocess.Popen([*command, *which], cwd=ROOT, env=environment, stdout=log, stderr=log)
+            subprocess.Popen([*command, *which], cwd=ROOT, env=own, stdout=log, stderr=log)
         )
     return started
 
@@ -137,14 +157,42 @@ def same_results(ours, theirs):
         np.testing.assert_allclose(one["kl"], other["kl"], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize(("count", "command", "model"), [(2, "run", 1), (4, "export", 2)])
-def test_several_processes_do_the_job_of_one(place, single, count, command, model):
-    out = place / f"several-{count}"
-    run(place, count, command, f"out={out}", f"mesh.model={model}")
+def test_two_processes_do_the_job_of_one(place, single):
+    out = place / "two"
+    run(place, 2, "run", f"out={out}")
     same_results(out, single)
     assert "read back and verified" in said(place, 0)
-    for number in range(1, count):  # process 0 speaks for all
-        assert all(line.startswith("[Gloo]") for line in said(place, number).split("\n") if line)
+    assert only_gloo(said(place, 1))  # process 0 speaks for all
+    assert touched(place, 0, out) > {"run.json", "search", "export"}
+    assert touched(place, 1, out) == set()
+
+
+def only_gloo(text):
+    return all(line.startswith("[Gloo]") for line in text.split("\n") if line)
+
+
+def touched(place, number, out):
+    """Names in the run folder that a process wrote under, but for the shards of checkpoints."""
+    paths = map(pathlib.Path, (place / f"touched-{number}.txt").read_text().splitlines())
+    inside = [path.relative_to(out) for path in paths if out in path.parents]
+    return {path.parts[0].split(".partial")[0] for path in inside if "steps" not in path.parts}
+
+
+def test_four_processes_fill_a_teacher_cache_and_export(place, single):
+    """On a mesh of data 2 x model 2: the cache, and what is learnt from it, are one process's."""
+    mask = f"distill.mask={single}/search/mask.json"
+    run(place, 1, "export", f"out={place}/cached", mask, *CACHE, devices=2)
+    run(place, 4, "export", f"out={place}/four", mask, *CACHE, "mesh.model=2")
+    ours, theirs = place / "four", place / "cached"
+    read = [load_file(out / "export" / "model.safetensors") for out in (ours, theirs)]
+    for name, array in read[0].items():
+        np.testing.assert_allclose(array, read[1][name], atol=1e-5, err_msg=name)
+    stats = [read_json(out / "teacher" / "finished.json") for out in (ours, theirs)]
+    assert stats[0]["needed"] == stats[1]["needed"]
+    np.testing.assert_allclose(stats[0]["mean_entropy"], stats[1]["mean_entropy"], rtol=1e-5)
+    assert re.search(r"teacher cache: 64 of \d+ windows, \d\d\.\d bytes a token", said(place))
+    for number in (1, 2, 3):
+        assert only_gloo(said(place, number))
 
 
 def wait_for(place, started, record, lines):
@@ -157,8 +205,9 @@ def wait_for(place, started, record, lines):
 
 
 def test_a_process_that_dies_or_is_told_to_stop(place, single):
-    """SIGKILL of one ends the other, SIGTERM of one stops both at the same step; then one process
-    alone, of as many devices, goes on from their checkpoints to the same result."""
+    """SIGKILL of one ends the other, SIGTERM of one stops both, while they load and at the same
+    step; then one process alone, of as many devices, goes on from their checkpoints to the same
+    result."""
     out = place / "disturbed"
     again = ("run", "--config", str(place / "tiny.yaml"), f"out={out}")
 
@@ -171,14 +220,120 @@ def test_a_process_that_dies_or_is_told_to_stop(place, single):
     assert time.monotonic() - begun < 2 * processes.HEARTBEAT_S
 
     started = start(place, 2, *again)
+    wait_for(place, started, place / "log-0.txt", 2)  # the model's line
+    started[1].send_signal(signal.SIGTERM)
+    begun = time.monotonic()
+    assert finish(place, started) == [128 + signal.SIGTERM] * 2, said(place) + said(place, 1)
+    assert time.monotonic() - begun < 3 * notice.GRACE_S
+
+    started = start(place, 2, *again)
     wait_for(place, started, out / "distill" / "metrics.jsonl", 3)
     started[1].send_signal(signal.SIGTERM)
     assert finish(place, started) == [128 + signal.SIGTERM] * 2, said(place)
-    assert "told to stop: saving step" in said(place)
+    assert re.search(r"told to stop(: saving| while) step \d+", said(place))
 
     run(place, 1, "run", f"out={out}", devices=2)
     assert "distill: going on from the checkpoint of step" in said(place)
     same_results(out, single)
+
+
+ALONE = """
+import sys, time
+from e3jax import notice, processes
+
+processes.HEARTBEAT_S = 5
+number = int(sys.argv[-1])
+processes.start(sys.argv[2], 2, number)
+print("joined", flush=True)
+processes.from_first(lambda: time.sleep(600))
+"""
+
+
+@pytest.mark.parametrize("code", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_peer_that_dies_or_is_silent_while_process_0_works_alone(place, dead, code):
+    """As in the check through transformers: the other is on the host, in no collective."""
+    started = start(place, 2, program=("-c", ALONE))
+    for number in (0, 1):
+        wait_for(place, started, place / f"log-{number}.txt", 1)
+    time.sleep(1)
+    begun = time.monotonic()
+    started[dead].send_signal(code)
+    try:
+        assert started[1 - dead].wait(60) not in (0, 2)
+        assert time.monotonic() - begun < 2 * 5 + 10  # the heartbeat's time, twice, and some
+    finally:
+        for process in started:
+            process.kill()
+
+
+SLURM = """
+from e3jax import processes
+
+processes.start()
+print("all of", processes.gather(processes.is_first()), processes.from_first(lambda: "hello"))
+"""
+
+
+def test_slurm_tells_who_the_others_are(place):
+    port = free_port() % 4096 + 61440  # jax takes it from the job's number
+    job = {"SLURM_JOB_ID": str(port - 61440), "SLURM_STEP_NODELIST": "localhost"}
+    started = []
+    for number in range(3):
+        task = {"SLURM_NTASKS": "3", "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", SLURM], cwd=ROOT, env=os.environ | job | task,
+                stdout=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    try:
+        for process in started:
+            assert process.communicate(timeout=120)[0] == "all of [True, False, False] hello\n"
+    finally:
+        for process in started:
+            process.kill()
+
+
+POISON = """
+import jax, numpy as np
+from e3jax import cli
+from e3jax.data.teacher import TeacherCache
+
+read, calls = TeacherCache.read, []
+
+def poisoned(self, index):
+    rows = read(self, index)
+    if self.stats is not None:  # it is finished, and read for the steps in their order
+        calls.append(index)
+        if len(calls) == 3 and jax.process_index() == 1:
+            rows["logp"][0, :4] = np.nan
+    return rows
+
+TeacherCache.read = poisoned
+raise SystemExit(cli.main())
+"""
+
+
+def test_nan_in_the_batch_of_one_process(place, single):
+    """All leave out the same step, and count it."""
+    out = place / "nan"
+    arguments = (f"out={out}", f"distill.mask={single}/search/mask.json", *CACHE)
+    arguments = ("distill", "--config", str(place / "tiny.yaml"), *arguments)
+    started = start(place, 2, *arguments, program=("-c", POISON))
+    assert finish(place, started) == [0, 0], said(place) + said(place, 1)
+    lines = [line for line in read_metrics(out / "distill") if "loss" in line]
+    assert [line["step"] for line in lines if line["skipped"]] == [2] and len(lines) == STEPS
+    assert all(np.isfinite(line["loss"]) for line in lines if line["step"] != 2)
+    assert "1 steps were not finite and were left out" in said(place)
+    assert "1 steps were not finite and were left out" in said(place, 1)
+
+
+def test_processes_with_another_configuration_are_told(place):
+    arguments = ("search", "--config", str(place / "tiny.yaml"), f"out={place}/differ")
+    started = start(place, 2, *arguments, each=lambda number: f"seed={number}")
+    assert all(finish(place, started))
+    assert any("the configuration: process 1 has another one" in said(place, n) for n in range(2))
 
 
 def test_processes_that_do_not_share_the_folder_are_told(place):

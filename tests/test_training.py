@@ -215,7 +215,8 @@ def test_progress_is_plain_lines_of_80_columns(tmp_path, one_device, caplog):
     with caplog.at_level(logging.INFO):
         toy_fit(tmp_path)
     told = [record.getMessage() for record in caplog.records if record.name.startswith("e3jax")]
-    assert re.fullmatch(r"toy 12/12  [\d,]+ tok/s  loss -?\d\.\d{4}  0:00 left", told[-1])
+    assert re.fullmatch(r"toy 12/12  [\d,]+ tok/s  loss -?\d\.\d{4}  0:00 left", told[-2])
+    assert re.fullmatch(r"toy: \d+\.\d% of the time waited for data", told[-1])
     assert max(map(len, told)) <= 80
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
 
@@ -304,6 +305,17 @@ def test_what_a_killed_save_left_is_ignored(saved):
         shutil.copytree(saved / "steps" / "3", saved / "steps" / left)
     assert restore(saved)[0] == 3
     assert sorted(p.name for p in (saved / "steps").iterdir()) == ["2", "3"]
+
+
+def test_the_latest_and_the_best_stay(tmp_path, one_device):
+    """The least figure, that of the first step, outlives the later ones."""
+    figures = [3.0, 1.0, None, 2.0, 5.0, 4.0]
+    with open_checkpoints(tmp_path, {}, keep=2, best="kl") as checkpoints:
+        for step, kl in enumerate(figures):
+            checkpoints.save(step, numbers(step), None if kl is None else {"kl": kl, "x": -kl})
+    assert sorted(p.name for p in (tmp_path / "steps").iterdir()) == ["1", "4", "5"]
+    with open_checkpoints(tmp_path, {}, keep=2, best="kl") as checkpoints:
+        assert checkpoints.restore(abstract(numbers(0)))[0] == 5  # it goes on from the latest
 
 
 def test_a_failed_background_save_stops_the_run(tmp_path, one_device):

@@ -66,13 +66,25 @@ def make_batches(
     only, and on no process: each takes its rows of the same batch.
     """
     rows = np.arange(batch) if rows is None else rows
-    order = grain.MapDataset.source(range(len(windows))).seed(seed)
-    order = (order.shuffle() if shuffle else order).repeat()
+    order = _order(len(windows), seed, shuffle)
 
     def batch_at(step: int) -> Arrays:
         return gather(windows, np.array([order[int(i)] for i in step * batch + rows]))
 
     return batch_at
+
+
+def used_windows(count: int, batch: int, seed: int, steps: int) -> np.ndarray:
+    """The windows, of `count`, that `steps` shuffled batches are made of: int64, ascending."""
+    if steps * batch >= count:  # the first epoch visits each
+        return np.arange(count)
+    order = _order(count, seed, shuffle=True)
+    return np.unique(np.array([order[i] for i in range(steps * batch)]))
+
+
+def _order(count: int, seed: int, shuffle: bool) -> grain.MapDataset:
+    order = grain.MapDataset.source(range(count)).seed(seed)
+    return (order.shuffle() if shuffle else order).repeat()
 
 
 def ordered_batches(

@@ -1,36 +1,61 @@
-"""The offline teacher: top-k log-probabilities of every window, in TensorStore (zarr3, zstd).
+"""The offline teacher: top-k log-probabilities of windows, in TensorStore (zarr3, zstd).
 
-Row m belongs to window m, so any shuffle finds its row. One chunk a row, so that a row is read
-alone; 16 rows a shard file, so that half a million windows are not two million files.
+Row m belongs to window m, so any shuffle finds its row, and only the windows that a run uses need
+be there. One chunk a row, so that a row is read alone; 16 rows a shard file, so that half a million
+windows are not two million files. A shard file is rewritten as its rows come, so all windows of a
+block go to one process.
 """
 
 import dataclasses
-import json
+import hashlib
 import logging
 import os
-import pathlib
-import shutil
 import zlib
 from typing import Any
 
+import jax
 import numpy as np
 import tensorstore as ts
 
+from e3jax import processes
 from e3jax.data.batches import gather
+from e3jax.data.store import Store
 from e3jax.data.windows import Windows
 from e3jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 ROWS_PER_SHARD = 16
+BLOCK = 64  # rows that one process writes: whole shard files of every array
 ROWS_TOGETHER = 64  # read at a time when the whole cache is verified
 WRITTEN = 1 << 32  # added to a row's crc32: a row that was never written reads as 0
+UNIT = 2.0**-40  # of sums over rows, as whole numbers: exact, so the same for any host count
 
 
 def estimate_bytes(tokens: int, k: int) -> int:
     """Bytes of the cache before compression: 68 a token at k = 10."""
     return tokens * (k * (4 + 2) + 4 + 4)
+
+
+def deal(todo: np.ndarray, owner_b: np.ndarray) -> np.ndarray:
+    """Which window each row of each batch writes: int64 [batches, B], -1 for none.
+
+    todo: windows still to be written, ascending; owner_b: the process that has a row of a batch.
+    Blocks of windows go to the processes in turn, so no two ever write into the same file.
+    """
+    blocks = todo // BLOCK
+    turn = np.searchsorted(np.unique(blocks), blocks)
+    writers = np.unique(owner_b)
+    queues = {w: todo[turn % len(writers) == i] for i, w in enumerate(writers)}
+    places = {w: np.flatnonzero(owner_b == w) for w in writers}
+    count = max(-(-len(queues[w]) // len(places[w])) for w in writers)
+    dealt = np.full((count, len(owner_b)), -1, np.int64)
+    for w in writers:
+        mine = np.full(count * len(places[w]), -1, np.int64)
+        mine[: len(queues[w])] = queues[w]
+        dealt[:, places[w]] = mine.reshape(count, -1)
+    return dealt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,55 +68,61 @@ class TeacherCache:
       entropy  float32 [M, T], of the full vocabulary, nats
       lognorm  float32 [M, T], logsumexp of logits / temperature
       check    uint64  [M], crc32 of the row's bytes + 2**32 once they are durable, 0 before
-    stats is None until the cache is finished, then
+    rows: the windows that are needed, ascending.
+    stats is None until the cache is finished with these rows, then
       mean_entropy   mean of entropy over the predictions that carry loss, nats
       captured_mass  mean of sum_k exp(logp) over them
       loss_tokens    how many they are
     """
 
-    path: pathlib.Path
+    store: Store
     meta: dict[str, Any]
     k: int
+    rows: np.ndarray
     arrays: dict[str, ts.TensorStore]
     stats: dict[str, float] | None
 
     @classmethod
     def create(
         cls,
-        path: str | os.PathLike[str],
+        place: str | os.PathLike[str],
         windows: Windows,
         k: int,
         temperature: float,
         teacher_hash: str,
+        rows: np.ndarray | None = None,
     ) -> "TeacherCache":
         """Open a cache for writing, a new one or one that was begun with the same facts.
 
-        Raises UserError when the folder holds a cache of other facts, or the disk is too small.
+        place: a folder or gs://bucket/path. rows: the windows that are needed; None = all.
+        Raises UserError when it holds a cache of other facts, or the disk is too small.
         """
-        path = pathlib.Path(path).expanduser()
+        store, rows = Store(str(place)), _all_rows(windows, rows)
         meta = _facts(windows, k, temperature, teacher_hash)
-        begun = (path / "meta.json").is_file()
-        if begun:
-            for name, value in _read_json(path / "meta.json").items():
+        begun = store.read_json("meta.json")
+        if begun is not None:
+            for name, value in begun.items():
                 if meta.get(name) != value:
                     raise UserError(
-                        f"{path}: holds a teacher cache with {name} {value!r}, and this run has "
+                        f"{place}: holds a teacher cache with {name} {value!r}, and this run has "
                         f"{meta.get(name)!r}; remove the folder or choose another"
                     )
-        elif path.is_file() or any(not f.name.startswith(".") for f in path.glob("*")):
-            raise UserError(f"{path}: is not an empty folder and holds no teacher cache")
+        elif any(not name.startswith(".") for name in store.names()):
+            raise UserError(f"{place}: is not an empty folder and holds no teacher cache")
         else:
-            _check_disk(path, estimate_bytes(windows.tokens.size, k))
-            path.mkdir(parents=True, exist_ok=True)
-            _write_json(path / "meta.json", meta)
-        cache = cls(path, meta, k, _open_arrays(path, meta, create=True), _stats(path))
-        if begun:
-            _check_disk(path, estimate_bytes(len(cache.todo()) * meta["window"], k))
-        return cache
+            _check_disk(store, len(rows) * meta["window"], k)
+            store.write_json("meta.json", meta)
+        cache = cls(store, meta, k, rows, _open_arrays(store, meta, create=True), None)
+        if begun is not None and (left := len(cache.todo())):
+            _check_disk(store, left * meta["window"], k)
+        return dataclasses.replace(cache, stats=_stats(store, rows))
 
     def todo(self) -> np.ndarray:
-        """Numbers of the rows that are not yet durably written, int64, ascending."""
-        return np.flatnonzero(self.arrays["check"].read().result() == 0)
+        """Numbers of the needed rows that are not yet durably written, int64, ascending."""
+        try:
+            return self.rows[self.arrays["check"].read().result()[self.rows] == 0]
+        except ValueError as error:
+            raise self.store.failed("read", error) from error
 
     def write(
         self,
@@ -125,7 +156,7 @@ class TeacherCache:
             # Only now: a kill before this line leaves the rows to do.
             self.arrays["check"][index].write(_checks(rows)).result()
         except ValueError as error:
-            raise UserError(f"{self.path}: cannot be written: {error}") from error
+            raise self.store.failed("written", error) from error
 
     def read(self, index_b: np.ndarray) -> dict[str, np.ndarray]:
         """Rows by window number, -1 giving zeros: ids [B, T, k], logp, entropy and lognorm.
@@ -151,24 +182,47 @@ class TeacherCache:
         return rows | {name: rows[name][:, :, : self.k] for name in ("ids", "logp")}
 
     def finish(self, windows: Windows) -> dict[str, float]:
-        """Verify every row, measure `stats` and mark the cache as finished; returns the stats.
+        """Verify every needed row, measure `stats` and mark the cache as finished with these rows.
 
-        Raises UserError when rows are missing or damaged.
+        Each process verifies a part of them. Raises UserError when rows are missing or damaged.
         """
+        part = np.array_split(self.rows, jax.process_count())[jax.process_index()]
         entropy = mass = count = 0
-        for start in range(0, len(windows), ROWS_TOGETHER):
-            index = np.arange(start, min(start + ROWS_TOGETHER, len(windows)))
+        for start in range(0, len(part), ROWS_TOGETHER):
+            index = part[start : start + ROWS_TOGETHER]
             rows, mask_bt = self.read(index), gather(windows, index)["mask"]
-            entropy += rows["entropy"].sum(where=mask_bt, dtype=np.float64)
-            mass += np.exp(rows["logp"].astype(np.float64)).sum(axis=-1).sum(where=mask_bt)
-            count += np.count_nonzero(mask_bt)
+            p_bt = np.exp(rows["logp"].astype(np.float64)).sum(axis=-1)
+            entropy += _fixed(rows["entropy"].sum(axis=1, where=mask_bt, dtype=np.float64))
+            mass += _fixed(p_bt.sum(axis=1, where=mask_bt))
+            count += int(np.count_nonzero(mask_bt))
+        entropy, mass, count = map(sum, zip(*processes.gather([entropy, mass, count]), strict=True))
         stats = {
-            "mean_entropy": float(entropy / max(count, 1)),
-            "captured_mass": float(mass / max(count, 1)),
-            "loss_tokens": int(count),
+            "mean_entropy": entropy * UNIT / max(count, 1),
+            "captured_mass": mass * UNIT / max(count, 1),
+            "loss_tokens": count,
         }
-        _write_json(self.path / "finished.json", stats)
+        if processes.is_first():
+            self.store.write_json("finished.json", {"needed": _digest(self.rows)} | stats)
+        processes.barrier("teacher cache finished")
         return stats
+
+    def bytes_a_token(self) -> float:
+        """What a token takes as stored, compressed; from some of the shard files."""
+        files = np.unique(self.rows // ROWS_PER_SHARD)
+        files = files[np.linspace(0, len(files) - 1, min(len(files), 8)).astype(int)]
+        total = rows = 0
+        for file in files.tolist():
+            end = min((file + 1) * ROWS_PER_SHARD, self.meta["rows"])
+            check = self.arrays["check"][file * ROWS_PER_SHARD : end]
+            rows += int(np.count_nonzero(check.read().result()))
+            for name, ends in (
+                ("ids", "/0/0"),
+                ("logp", "/0/0"),
+                ("entropy", "/0"),
+                ("lognorm", "/0"),
+            ):
+                total += len(self.store.read(f"{name}/c/{file}{ends}") or b"")
+        return total / max(rows * self.meta["window"], 1)
 
     def _rows(self, index: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         reads = {name: array[index].read() for name, array in self.arrays.items()}
@@ -177,39 +231,47 @@ class TeacherCache:
 
     def _damaged(self, row: int, reason: str) -> UserError:
         return UserError(
-            f"{self.path}: row {row} of the teacher cache cannot be used: {reason}; "
+            f"{self.store.place}: row {row} of the teacher cache cannot be used: {reason}; "
             "remove the folder and run again to write it anew"
         )
 
 
 def open_cache(
-    path: str | os.PathLike[str], windows: Windows, k: int, temperature: float, teacher_hash: str
+    place: str | os.PathLike[str],
+    windows: Windows,
+    k: int,
+    temperature: float,
+    teacher_hash: str,
+    rows: np.ndarray | None = None,
 ) -> TeacherCache:
-    """Open a finished cache for reading its first k outcomes.
+    """Open a finished cache for reading the first k outcomes of `rows` (None = all).
 
     Raises UserError when it is not there or not finished, has fewer than k outcomes, or was written
     for other windows, another teacher or another temperature.
     """
-    path = pathlib.Path(path).expanduser()
-    if not (path / "meta.json").is_file():
-        raise UserError(f"{path}: no teacher cache here")
-    meta = _read_json(path / "meta.json")
+    store, rows = Store(str(place)), _all_rows(windows, rows)
+    meta = store.read_json("meta.json")
+    if meta is None:
+        raise UserError(f"{place}: no teacher cache here")
     wanted = _facts(windows, k, temperature, teacher_hash)
     for name, value in wanted.items():
         if name != "k" and meta.get(name) != value:
             raise UserError(
-                f"{path}: the teacher cache was written for {name} {meta.get(name)!r}, and this "
+                f"{place}: the teacher cache was written for {name} {meta.get(name)!r}, and this "
                 f"run asks for {value!r}; write another cache, or go back to that {name}"
             )
     if meta["k"] < k:
         raise UserError(
-            f"{path}: the teacher cache holds the {meta['k']} most probable tokens, and this run "
+            f"{place}: the teacher cache holds the {meta['k']} most probable tokens, and this run "
             f"asks for distill.top_k={k}; lower it or write another cache"
         )
-    stats = _stats(path)
+    stats = _stats(store, rows)
     if stats is None:
-        raise UserError(f"{path}: the teacher cache is not finished; run its writing again")
-    return TeacherCache(path, meta, k, _open_arrays(path, meta, create=False), stats)
+        raise UserError(
+            f"{place}: the teacher cache is not finished with this run's windows; run its writing "
+            "again"
+        )
+    return TeacherCache(store, meta, k, rows, _open_arrays(store, meta, create=False), stats)
 
 
 def _facts(windows: Windows, k: int, temperature: float, teacher_hash: str) -> dict[str, Any]:
@@ -225,44 +287,21 @@ def _facts(windows: Windows, k: int, temperature: float, teacher_hash: str) -> d
     }
 
 
-def _open_arrays(
-    path: pathlib.Path, meta: dict[str, Any], create: bool
-) -> dict[str, ts.TensorStore]:
-    t, k = meta["window"], meta["k"]
-    layout = {  # dtype, shape of a row, rows a chunk, rows a shard
-        "ids": ("int32", (t, k), 1, ROWS_PER_SHARD),
-        "logp": ("float16", (t, k), 1, ROWS_PER_SHARD),
-        "entropy": ("float32", (t,), 1, ROWS_PER_SHARD),
-        "lognorm": ("float32", (t,), 1, ROWS_PER_SHARD),
-        "check": ("uint64", (), 4096, 4096),
+def _open_arrays(store: Store, meta: dict[str, Any], create: bool) -> dict[str, ts.TensorStore]:
+    m, t, k = meta["rows"], meta["window"], meta["k"]
+    layout: dict[str, tuple[str, tuple[int, ...], int, int]] = {
+        # dtype, shape, rows a chunk, rows a shard
+        "ids": ("int32", (m, t, k), 1, ROWS_PER_SHARD),
+        "logp": ("float16", (m, t, k), 1, ROWS_PER_SHARD),
+        "entropy": ("float32", (m, t), 1, ROWS_PER_SHARD),
+        "lognorm": ("float32", (m, t), 1, ROWS_PER_SHARD),
+        "check": ("uint64", (m,), BLOCK, BLOCK),
     }
-    zstd = [{"name": "bytes"}, {"name": "zstd", "configuration": {"level": 3}}]
     try:
-        opening = {
-            name: ts.open(
-                {
-                    "driver": "zarr3",
-                    "kvstore": {"driver": "file", "path": str(path / name)},
-                    "metadata": {
-                        "codecs": [
-                            {
-                                "name": "sharding_indexed",
-                                "configuration": {"chunk_shape": (chunk, *row), "codecs": zstd},
-                            }
-                        ]
-                    },
-                },
-                open=True,
-                create=create,
-                dtype=dtype,
-                shape=(meta["rows"], *row),
-                chunk_layout=ts.ChunkLayout(write_chunk_shape=(shard, *row)),
-            )
-            for name, (dtype, row, chunk, shard) in layout.items()
-        }
+        opening = {name: store.open_array(name, *of, create=create) for name, of in layout.items()}
         return {name: future.result() for name, future in opening.items()}
     except ValueError as error:
-        raise UserError(f"{path}: the teacher cache cannot be opened: {error}") from error
+        raise store.failed("opened", error) from error
 
 
 def _checks(rows: dict[str, np.ndarray]) -> np.ndarray:
@@ -276,36 +315,38 @@ def _checks(rows: dict[str, np.ndarray]) -> np.ndarray:
     return checks
 
 
-def _check_disk(path: pathlib.Path, need: int) -> None:
-    """Tell the size; UserError when the disk that will hold `path` has less free."""
-    there = next(p for p in (path, *path.absolute().parents) if p.exists())
-    free = shutil.disk_usage(there).free
-    log.info("teacher cache: %.2f GB to write to %s, %.1f GB free", need / 1e9, path, free / 1e9)
-    if need > free:
+def _check_disk(store: Store, tokens: int, k: int) -> None:
+    """Tell the size; UserError when the disk that will hold the cache has less free."""
+    need, free = estimate_bytes(tokens, k), store.free_bytes()
+    room = "" if free is None else f", {free / 1e9:.1f} GB free"
+    log.info(
+        "teacher cache: %.2f GB to write to %s (%d bytes a token before compression%s)",
+        need / 1e9,
+        store.place,
+        estimate_bytes(1, k),
+        room,
+    )
+    if free is not None and need > free:
         raise UserError(
-            f"{path}: the teacher cache needs {need / 1e9:.2f} GB and the disk has "
-            f"{free / 1e9:.2f} GB free; choose another folder, a smaller distill.top_k, or "
-            "distill.teacher=online"
+            f"{store.place}: the teacher cache needs {need / 1e9:.2f} GB and the disk has "
+            f"{free / 1e9:.2f} GB free; choose another folder (distill.cache), a smaller "
+            "distill.top_k, or distill.teacher=online"
         )
 
 
-def _stats(path: pathlib.Path) -> dict[str, float] | None:
-    finished = path / "finished.json"
-    return _read_json(finished) if finished.is_file() else None
+def _all_rows(windows: Windows, rows: np.ndarray | None) -> np.ndarray:
+    return np.arange(len(windows)) if rows is None else rows
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); remove its folder") from error
+def _digest(rows: np.ndarray) -> str:
+    return hashlib.sha256(np.asarray(rows, np.int64).tobytes()).hexdigest()[:16]
 
 
-def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w") as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+def _stats(store: Store, rows: np.ndarray) -> dict[str, float] | None:
+    found = store.read_json("finished.json") or {}
+    return found if found.pop("needed", None) == _digest(rows) else None
+
+
+def _fixed(x_b: np.ndarray) -> int:
+    """The sum of float64 numbers in whole UNITs."""
+    return sum(round(x / UNIT) for x in x_b.tolist())

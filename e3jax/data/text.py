@@ -23,6 +23,7 @@ from e3jax.data.windows import (
     OPEN_WINDOWS,
     Document,
     Windows,
+    alone,
     cut,
     load_windows,
     pack,
@@ -105,15 +106,9 @@ def tokenize(
     questions = evaluation_questions(decontaminate)
     folder = pathlib.Path(data.cache).expanduser() / _key(opened, data, tokenizer_folder, questions)
     if not (folder / "meta.json").is_file():
-        tokenizer = load_tokenizer(tokenizer_folder)
-        counts = collections.Counter(documents=0, split=0, dropped=0, empty=0, contaminated=0)
-        rendered = itertools.chain.from_iterable(
-            render(rows, tokenizer, data.loss_on, counts) for rows in opened
-        )
-        documents = encode(_clean(rendered, questions, counts), tokenizer)
-        pieces = cut(documents, data.window, data.long_rows, counts)
-        packed = pack(pieces, data.window, OPEN_WINDOWS if data.pack else 0)
-        store_windows(_telling(packed, counts), data.window, folder, counts)
+        with alone(folder):
+            if not (folder / "meta.json").is_file():
+                _make(folder, opened, questions, data, tokenizer_folder)
     windows = load_windows(folder)
     if not windows.meta["loss_tokens"]:
         raise UserError(
@@ -122,6 +117,24 @@ def tokenize(
         )
     log.info("%s: %s", ", ".join(s.path for s in sources), summary(windows))
     return windows
+
+
+def _make(
+    folder: pathlib.Path,
+    opened: list[Rows],
+    questions: Questions,
+    data: Data,
+    tokenizer_folder: str | os.PathLike[str],
+) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder)
+    counts = collections.Counter(documents=0, split=0, dropped=0, empty=0, contaminated=0)
+    rendered = itertools.chain.from_iterable(
+        render(rows, tokenizer, data.loss_on, counts) for rows in opened
+    )
+    documents = encode(_clean(rendered, questions, counts), tokenizer)
+    pieces = cut(documents, data.window, data.long_rows, counts)
+    packed = pack(pieces, data.window, OPEN_WINDOWS if data.pack else 0)
+    store_windows(_telling(packed, counts), data.window, folder, counts)
 
 
 def problems(source: Source, tokenizer: Any) -> list[Problem]:

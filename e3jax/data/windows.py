@@ -3,6 +3,7 @@
 import bisect
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -77,6 +78,22 @@ def pack(documents: Iterable[Document], window: int, limit: int) -> Iterator[lis
             yield ready.pop(0)[2]
     for _, _, members in ready:
         yield members
+
+
+@contextlib.contextmanager
+def alone(folder: pathlib.Path) -> Iterator[None]:
+    """Others on this host that would make the same folder wait: one tokenises for all of them.
+
+    On a disk without locks each works for itself, and the first to end wins.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a folder that cannot be written is told when it is
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            path = folder.with_name(f".{folder.name}.lock")
+            lock = stack.enter_context(open(path, "w"))
+            stack.callback(path.unlink, missing_ok=True)  # while it is held
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def store_windows(

@@ -47,6 +47,21 @@ def init_state(
     )
 
 
+def abstract_state(cfg: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
+    """ShapeDtypeStructs of `init_state`, with their shardings: nothing is allocated."""
+    params = decoder.abstract_params(cfg)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(
+        step=count,
+        params=params,
+        opt_state=jax.eval_shape(optimizer.init, params),
+        mean_entropy=scalar,
+        skipped=count,
+    )
+    return mesh.abstract(state)
+
+
 def make_train_step(
     cfg: ModelConfig,
     recipe: config.Distill,

@@ -55,6 +55,20 @@ class TopK:
     entropy: jax.Array  # float32 [B, T], of the full vocabulary, nats
 
 
+def abstract_topk(rows: int, time: int, k: int) -> TopK:
+    """ShapeDtypeStructs of stored rows, as a teacher cache reads them."""
+
+    def stored(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        place = mesh.sharding(("batch",) + (None,) * (len(shape) - 1), shape)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    return TopK(
+        ids=stored((rows, time, k), jnp.int32),
+        logp=stored((rows, time, k), jnp.float16),
+        entropy=stored((rows, time), jnp.float32),
+    )
+
+
 @flax.struct.dataclass
 class Sums:
     """Sums over the masked tokens of each row, float32 [B]."""
@@ -109,7 +123,7 @@ def token_sums(
 
 
 def sum_over_chunks(fn: Callable[..., Any], arrays: tuple[jax.Array, ...], chunk: int) -> Any:
-    """Sum of fn over slices of the time axis of about `chunk` tokens; backward recomputes each.
+    """Sum of fn over slices of about `chunk` tokens a device; backward recomputes each.
 
     arrays: [B, T, ...]; they are padded with zeros at the end, so fn must see a mask. The batch
     axis keeps its sharding: a chunk is a few positions of every row.
@@ -125,10 +139,16 @@ def sum_over_chunks(fn: Callable[..., Any], arrays: tuple[jax.Array, ...], chunk
 
 
 def split_time(x: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] -> [count, B, size, ...], slices of at most `chunk` tokens (or one position),
-    the last padded with zeros."""
+    """[B, T, ...] -> [count, B, size, ...], slices of at most `chunk` tokens (or one position) of
+    the rows that a device holds, the last padded with zeros.
+
+    Every slice gathers the head and reduces its gradient: were `chunk` counted over all devices,
+    a pod would do so for each few positions.
+    """
     rows, time = x.shape[:2]
-    size = min(time, max(1, chunk // rows))
+    set_mesh = mesh.current()
+    shards = 1 if set_mesh is None else mesh.axis_size(set_mesh, mesh.BATCH)
+    size = min(time, max(1, chunk // -(-rows // shards)))
     count = -(-time // size)
     x = jnp.pad(x, ((0, 0), (0, count * size - time)) + ((0, 0),) * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(rows, count, size, *x.shape[2:]), 1, 0)

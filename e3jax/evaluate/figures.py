@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e3jax import mesh
+from e3jax import mesh, notice
 from e3jax.distill import losses
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
@@ -60,7 +60,7 @@ def make_figures(
         if keep is not None:
             gates[np.setdiff1d(np.arange(len(gates)), keep)] = 0.0
         nll = kl = agree = tokens = 0.0
-        for batch in batches:
+        for batch in notice.interruptible(batches):
             part = sums(dense, student, mesh.shard_batch(batch), gates)
             nll, kl = nll + float(part.nll), kl + float(part.kl)
             agree, tokens = agree + float(part.agree), tokens + float(part.tokens)

@@ -7,13 +7,11 @@ and how its sliding windows are told. The tensors of all of them are in tensors.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from e3jax.errors import UserError
 from e3jax.hf.rope import positive, read_rope, write_rope
-from e3jax.models.config import ModelConfig
-from e3jax.models.decoder import ACTIVATIONS
+from e3jax.models.config import ACTIVATIONS, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,38 +213,6 @@ def _windows(facts: dict[str, Any], family: Family, size: Any, where: str) -> tu
             "use_sliding_window true and a sliding_window"
         )
     return tuple(window if t == SLIDING else None for t in types)
-
-
-def cut_config(config: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
-    """config.json of the model made of layers `keep`: every per-layer field cut with them.
-
-    Keeps the form (transformers 4 or 5) and all other keys as they are. Where the windows were
-    told by a layer number (`max_window_layers`), `layer_types` now tells them: layer numbers
-    change, and a removed layer may leave the pattern irregular.
-    """
-    cfg = from_hf(config, "config.json")
-    if not keep or not all(0 <= i < cfg.num_layers for i in keep):
-        raise UserError(f"kept layers {list(keep)}: expected some of 0 .. {cfg.num_layers - 1}")
-    cut = {
-        key: [value[i] for i in keep] if _is_per_layer(key, value, cfg.num_layers) else value
-        for key, value in config.items()
-    }
-    cut["num_hidden_layers"] = len(keep)
-    windows = [cfg.windows[i] for i in keep]
-    family = FAMILIES[cfg.family]
-    if family.windows == "layer_types":
-        if config.get("layer_types") is None and any(cfg.windows):
-            cut["layer_types"] = [SLIDING if w else FULL for w in windows]
-        if "max_window_layers" in config or any(cfg.windows):
-            first = config.get("max_window_layers", family.defaults["max_window_layers"])
-            cut["max_window_layers"] = sum(i < first for i in keep)
-    return cut
-
-
-def _is_per_layer(key: str, value: Any, num_layers: int) -> bool:
-    """Lists as long as the model is deep are per layer, but for those that only happen to be."""
-    other = key == "architectures" or key.endswith(("_token_id", "_token_ids", "_tokens"))
-    return isinstance(value, list) and len(value) == num_layers and not other
 
 
 def to_hf(

@@ -1,196 +1,34 @@
-"""A Hugging Face checkpoint -> sharded parameters. Strict, and each process reads only its part."""
+"""A Hugging Face checkpoint -> sharded parameters. Strict, and each process reads only its part.
 
+Tensors are read in the order they lie on the disk, in pieces that are checked, cast, transposed and
+put where they belong while they are in the cache. Where the devices' memory is the host's (CPU), it
+is filled directly; elsewhere a leaf grows on the devices, one layer's tensor after the other.
+"""
+
+import collections
+import concurrent.futures
 import functools
+import os
 import pathlib
-import re
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from e3jax import files
-from e3jax.errors import UserError
-from e3jax.hf.families import read_config, read_json
-from e3jax.hf.safetensors import DTYPES, Stored, read_header
-from e3jax.hf.tensors import EMBED, HEAD, Tensor, tensor_table
+from e3jax.hf import reading
+from e3jax.hf.families import read_config
+from e3jax.hf.folders import match, raise_problems, source_dtype
+from e3jax.hf.reading import Box
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# What a checkpoint of these families is made of; no pickles, no code, no other frameworks.
-HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.md"]
-HUB_FILES += ["LICENSE*", "NOTICE*"]
-# Mistral's repositories hold the weights a second time under this name; folders hold other formats.
-HUB_IGNORED = ["consolidated*", "*/*"]
-HARMLESS = re.compile(r".*rotary_emb\.inv_freq")  # a buffer that old llama checkpoints stored
-
-
-def resolve(path: str, revision: str | None = None) -> pathlib.Path:
-    """The folder of a checkpoint: an existing one, `demo` (the bundled model), or a hub id.
-
-    A hub id is downloaded to the Hugging Face cache. Raises UserError when it is none of them.
-    """
-    folder = files.bundled("demo/model" if path == "demo" else path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: no config.json; expected a Hugging Face checkpoint folder")
-        return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path == "demo":
-        raise UserError(f"{path}: not a folder; expected a checkpoint folder, `demo` or a hub id")
-    import huggingface_hub  # slow to import, and most runs are offline
-
-    try:
-        found = huggingface_hub.snapshot_download(
-            path, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED
-        )
-    except Exception as error:
-        raise UserError(
-            f"{path}: there is no such folder, and as a Hugging Face hub id it could not be "
-            f"fetched ({type(error).__name__}: {str(error).strip().splitlines()[0]}). "
-            "Give an existing folder, or check the id, the revision, access and the network"
-        ) from None
-    return pathlib.Path(found)
-
-
-def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """The path of file `name` of a folder. Raises UserError when it would lie elsewhere.
-
-    A folder of the hub's cache holds links to `blobs` beside `snapshots`, and those are followed.
-    """
-    path = folder / name
-    homes = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        homes.append(folder.resolve().parents[1] / "blobs")
-    if pathlib.PurePath(name).name != name or path.resolve().parent not in homes:
-        raise UserError(f"{folder}: {name!r} points outside the folder, and is not followed")
-    return path
-
-
-def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint of one file, or of shards with an index, by name.
-
-    Names that the metadata record as an alias (`safetensors.torch.save_model`) are there too.
-    Raises UserError on missing, broken or outside files, and on an index that does not agree.
-    """
-    if (folder / SINGLE).exists():
-        return _file_tensors(inside(folder, SINGLE))
-    if not (folder / INDEX).exists():
-        loose = sorted(p.name for p in folder.glob("*.safetensors")) or sorted(
-            p.name for p in folder.glob("*.bin")
-        )
-        raise UserError(
-            f"{folder}: neither {SINGLE} nor {INDEX}"
-            + (f", only {_listed(loose)}" if loose else "")
-            + "; expected a safetensors checkpoint (pickled weights are not read)"
-        )
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise UserError(f"{folder / INDEX}: weight_map: expected tensor name -> file name")
-    paths = {name: inside(folder, name) for name in sorted(set(weight_map.values()))}
-    absent = [name for name, path in paths.items() if not path.is_file()]
-    if absent:
-        raise UserError(f"{folder}: shards named by {INDEX} are missing: {_listed(absent)}")
-    shards = {name: _file_tensors(path) for name, path in paths.items()}
-    found = [(name, t) for shard in shards.values() for name, t in shard.items()]
-    count = Counter(name for name, _ in found)
-    _raise_problems(
-        folder,
-        {
-            "duplicate (in several shards)": [n for n, times in count.items() if times > 1],
-            f"not in the shard that {INDEX} names": [
-                n for n, file in weight_map.items() if n not in shards[file]
-            ],
-            f"in a shard but not in {INDEX}": [  # an alias, whose own name differs, need not be
-                n for n, t in found if n not in weight_map and n == t.name
-            ],
-        },
-    )
-    return dict(found)
-
-
-def _file_tensors(path: pathlib.Path) -> dict[str, Stored]:
-    tensors, metadata = read_header(path)
-    aliases = {
-        alias: tensors[name]
-        for alias, name in metadata.items()
-        if alias not in tensors and name in tensors
-    }
-    return {**tensors, **aliases}
-
-
-def _listed(names: Iterable[str], most: int = 20) -> str:
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def _raise_problems(folder: pathlib.Path, problems: dict[str, list[str]]) -> None:
-    lines = [f"  {what}: {_listed(names)}" for what, names in problems.items() if names]
-    if lines:
-        raise UserError(
-            "\n".join([f"{folder}: this is not a sound checkpoint of its config.json:", *lines])
-        )
-
-
-def match(folder: pathlib.Path, cfg: ModelConfig) -> list[tuple[Tensor, Stored]]:
-    """The model's tensors and where each lies.
-
-    Tied models may store the embedding, the head, or both if they are equal. Raises UserError that
-    lists all unknown, missing, wrongly shaped and unreadable tensors at once.
-    """
-    stored = stored_tensors(folder)
-    if cfg.tied and HEAD in stored:
-        head = stored.pop(HEAD)
-        embed = stored.setdefault(EMBED, head)
-        if not _same(embed, head):
-            raise UserError(
-                f"{folder}: config.json ties {HEAD} to {EMBED}, but both are stored and differ; "
-                "set tie_word_embeddings to false, or remove the one that is not meant"
-            )
-    wanted = {t.name: t for t in tensor_table(cfg)}
-    both = [(t, stored[t.name]) for t in wanted.values() if t.name in stored]
-    _raise_problems(
-        folder,
-        {
-            "unknown": [n for n in stored if n not in wanted and not HARMLESS.fullmatch(n)],
-            "missing": [n for n in wanted if n not in stored],
-            "wrong shape": [
-                f"{t.name} {list(s.shape)} (expected {list(t.shape)})"
-                for t, s in both
-                if s.shape != t.shape
-            ],
-            "dtype not supported (only F32, F16, BF16; quantised weights are not yet)": [
-                f"{t.name} {s.code}" for t, s in both if s.code not in DTYPES
-            ],
-        },
-    )
-    return both
-
-
-def _same(a: Stored, b: Stored, rows: int = 4096) -> bool:
-    """Whether two stored tensors are equal bit for bit."""
-    if (a.path, a.start) == (b.path, b.start):
-        return True
-    if (a.code, a.shape) != (b.code, b.shape) or a.code not in DTYPES:
-        return False
-    x, y = a.array(), b.array()
-    return all(
-        x[i : i + rows].tobytes() == y[i : i + rows].tobytes() for i in range(0, len(x), rows)
-    )
-
-
-def source_dtype(folder: str | pathlib.Path) -> str:
-    """The dtype of most of the checkpoint's bytes: `bfloat16`, `float16` or `float32`."""
-    size: Counter[str] = Counter()
-    for t in stored_tensors(pathlib.Path(folder)).values():
-        size[t.code] += t.nbytes
-    code = max(size, key=lambda c: size[c], default="no tensors")
-    if code not in DTYPES:
-        raise UserError(f"{folder}: stored as {code}; expected one of {', '.join(DTYPES)}")
-    return DTYPES[code].name
+THREADS = min(8, 2 * (os.cpu_count() or 1))  # one waits for the disk while another transposes
+AHEAD = 4  # tensors that are being read while the oldest of them is put in its place
+ALIGNMENT = 4096  # bytes; from 64 on a CPU device takes host memory as it is
 
 
 def load_params(
@@ -198,73 +36,120 @@ def load_params(
 ) -> decoder.Params:
     """Parameters of a checkpoint, sharded as `decoder.abstract_params` says under the mesh set.
 
-    dtype None = `source_dtype`. One leaf at a time; of each tensor only the part that this
-    process's devices hold is read. Raises UserError on anything that is not exactly the model of
-    config.json, and on NaN or infinite weights, naming the tensors.
+    dtype None = `source_dtype`. Beyond the arrays, the host needs memory for THREADS pieces of a
+    few MB, and with accelerators for AHEAD + 1 tensors (each of one layer). Raises UserError on
+    anything that is not exactly the model of config.json, and on NaN or infinite weights, naming
+    the tensors.
     """
     folder = pathlib.Path(folder)
     cfg = read_config(folder) if cfg is None else cfg
-    pieces: dict[tuple[str, ...], list[tuple[Tensor, Stored]]] = {}
-    for tensor, stored in match(folder, cfg):
-        pieces.setdefault(tensor.leaf, []).append((tensor, stored))
-    not_finite: list[str] = []
-
-    def load(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        parts = pieces[tuple(key.key for key in path)]
-
-        def read(index: Any) -> np.ndarray:
-            return _read(parts, leaf, index)
-
-        if leaf.sharding is None:
-            array = jnp.asarray(read((slice(None),) * len(leaf.shape)))
-        else:
-            array = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
-        finite = np.atleast_1d(np.asarray(_finite(array, parts[0][0].layer is not None)))
-        not_finite.extend(t.name for (t, _), ok in zip(parts, finite, strict=True) if not ok)
-        return array
-
+    both = match(folder, cfg)
     abstract = decoder.abstract_params(cfg, jnp.dtype(dtype or source_dtype(folder)))
-    params = jax.tree_util.tree_map_with_path(load, abstract)
-    _raise_problems(folder, {"NaN or infinite weights": not_finite})
-    return params
+    paths = jax.tree_util.tree_leaves_with_path(abstract)
+    leaves = {tuple(key.key for key in path): leaf for path, leaf in paths}
+    on_host = {leaf: _empty(x) for leaf, x in leaves.items()} if _fills_host_memory() else {}
+    arrays: dict[tuple[str, ...], jax.Array] = {}
+    finite = np.ones(len(both), bool)
+    waiting: collections.deque = collections.deque()
+
+    def finish() -> None:
+        number, tensor, parts, reads = waiting.popleft()
+        finite[number] = all([read.result() for read in reads])
+        leaf = leaves[tensor.leaf]
+        if on_host:
+            return
+        if tensor.layer is None:
+            arrays[tensor.leaf] = _array(leaf, parts)
+            return
+        if tensor.leaf not in arrays:
+            arrays[tensor.leaf] = _zeros(leaf)
+        arrays[tensor.leaf] = _set(arrays[tensor.leaf], _array(_row(leaf), parts), tensor.layer)
+
+    by_place = sorted(enumerate(both), key=lambda item: (item[1][1].path, item[1][1].start))
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        try:
+            for number, (tensor, stored) in by_place:
+                leaf, parts = leaves[tensor.leaf], on_host.get(tensor.leaf)
+                if parts is None:
+                    parts = _empty(leaf if tensor.layer is None else _row(leaf))
+                elif tensor.layer is not None:
+                    parts = {box[1:]: part[tensor.layer] for box, part in parts.items()}
+                waiting.append((number, tensor, parts, reading.submit(pool, tensor, stored, parts)))
+                if len(waiting) > AHEAD:
+                    finish()
+            while waiting:
+                finish()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    if jax.process_count() > 1:  # each has seen its part alone
+        finite = np.all(multihost_utils.process_allgather(finite), axis=0)
+    wrong = [tensor.name for (tensor, _), ok in zip(both, finite, strict=True) if not ok]
+    raise_problems(folder, {"NaN or infinite weights": wrong})
+    arrays |= {leaf: _array(leaves[leaf], parts) for leaf, parts in on_host.items()}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: arrays[tuple(key.key for key in path)], abstract
+    )
 
 
-def _read(
-    parts: list[tuple[Tensor, Stored]], leaf: jax.ShapeDtypeStruct, index: tuple[slice, ...]
-) -> np.ndarray:
-    """The slice `index` of a leaf, from the tensors that it is made of."""
-    first, stored = parts[0]
-    with np.errstate(over="ignore"):  # what overflows the dtype is told by its name later
-        if first.layer is None:
-            return first.to_ours(stored.array())[index].astype(leaf.dtype)
-        chosen = parts[index[0]]
-        inner = [len(range(n)[cut]) for n, cut in zip(leaf.shape[1:], index[1:], strict=True)]
-        stack = np.empty((len(chosen), *inner), leaf.dtype)
-        for row, (tensor, stored) in zip(stack, chosen, strict=True):
-            row[...] = tensor.to_ours(stored.array())[index[1:]]
-    return stack
+def _fills_host_memory() -> bool:
+    """Whether the arrays' memory is the host's, so that it need not be written twice."""
+    mesh = jax.sharding.get_mesh()
+    devices = [jax.devices()[0]] if mesh.empty else mesh.devices.flat
+    return all(device.platform == "cpu" for device in devices)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _finite(leaf: jax.Array, stacked: bool) -> jax.Array:
-    """Whether all is finite, for each layer where stacked. On the devices: every process knows."""
-    return jnp.isfinite(leaf).all(axis=tuple(range(stacked, leaf.ndim)))
+def _sharding(leaf: jax.ShapeDtypeStruct) -> Sharding:
+    return leaf.sharding or SingleDeviceSharding(jax.devices()[0])
 
 
-def check_vocabulary(tokenizer_folder: str | pathlib.Path, cfg: ModelConfig) -> None:
-    """Raises UserError when tokenizer.json has an id that the model has no embedding for.
+def _row(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """One layer's place in a stacked leaf; the layers are never sharded."""
+    place = leaf.sharding
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=place)
 
-    A vocabulary padded past the tokenizer's is as it should be. Reads only tokenizer.json.
-    """
-    path = pathlib.Path(tokenizer_folder) / "tokenizer.json"
-    if not path.is_file():
-        return
-    file = read_json(path)
-    vocab = file.get("model", {}).get("vocab", {})
-    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
-    ids += [token["id"] for token in file.get("added_tokens", [])]
-    if ids and max(ids) >= cfg.vocab_size:
-        raise UserError(
-            f"{path}: has token id {max(ids)}, and the model's vocabulary is {cfg.vocab_size} "
-            "(ids 0 .. vocab_size - 1): this tokenizer is not of this model"
-        )
+
+def _boxes(leaf: jax.ShapeDtypeStruct) -> dict[Any, Box]:
+    """The part of a leaf that each device of this process holds."""
+    found = _sharding(leaf).addressable_devices_indices_map(leaf.shape)
+    return {
+        device: tuple(cut.indices(size)[:2] for cut, size in zip(index, leaf.shape, strict=True))
+        for device, index in found.items()
+        if index is not None
+    }
+
+
+def _empty(leaf: jax.ShapeDtypeStruct) -> dict[Box, np.ndarray]:
+    """Host memory for each part of a leaf that this process holds, aligned for the devices."""
+    parts = {}
+    for box in set(_boxes(leaf).values()):
+        shape = [end - begin for begin, end in box]
+        nbytes = int(np.prod(shape)) * leaf.dtype.itemsize
+        memory = np.empty(nbytes + ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % ALIGNMENT
+        parts[box] = memory[start : start + nbytes].view(leaf.dtype).reshape(shape)
+    return parts
+
+
+def _array(leaf: jax.ShapeDtypeStruct, parts: Mapping[Box, np.ndarray]) -> jax.Array:
+    """The array whose parts these are; a CPU device takes the memory of a part as it is."""
+    taken: set[Box] = set()
+    shards = []
+    for device, box in _boxes(leaf).items():
+        part = parts[box].copy() if box in taken else parts[box]  # two devices never share it
+        taken.add(box)
+        shards.append(jax.device_put(part, device))
+    return jax.make_array_from_single_device_arrays(leaf.shape, _sharding(leaf), shards)
+
+
+def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    make = functools.partial(jnp.zeros, leaf.shape, leaf.dtype)
+    return jax.jit(make, out_shardings=_sharding(leaf))()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set(stack: jax.Array, row: jax.Array, index: int) -> jax.Array:
+    """The stack with one layer set, in its own memory."""
+    return jax.lax.dynamic_update_index_in_dim(stack, row, index, 0)

@@ -38,9 +38,11 @@ class Stored:
     start: int  # byte of the file
     nbytes: int
 
-    def array(self) -> np.ndarray:
-        """The tensor as a read-only memory map: only the pages that are looked at are read."""
-        return np.memmap(self.path, DTYPES[self.code], "r", self.start, self.shape)
+    def read(self, start: int, nbytes: int) -> bytes:
+        """`nbytes` of the tensor from its byte `start` on, or what there is of them."""
+        with self.path.open("rb") as file:
+            file.seek(self.start + start)
+            return file.read(min(nbytes, self.nbytes - start))
 
 
 def read_header(path: pathlib.Path) -> tuple[dict[str, Stored], dict[str, str]]:
@@ -102,24 +104,28 @@ def _entry(path: pathlib.Path, name: str, entry: dict[str, Any], base: int) -> S
     return Stored(path, name, code, shape, base + begin, end - begin)
 
 
-def write_file(
-    path: pathlib.Path,
-    layout: Sequence[tuple[str, tuple[int, ...]]],
-    dtype: np.dtype,
-    arrays: Iterable[np.ndarray],
-) -> None:
-    """Writes (name, shape) tensors of one dtype as they come from `arrays`, and syncs to disk."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
+Entry = tuple[str, str, tuple[int, ...], int]  # name, dtype code, shape, bytes
+
+
+def header(layout: Iterable[Entry]) -> bytes:
+    """What stands before the data of tensors that follow each other as in `layout`."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
     end = 0
-    for name, shape in layout:
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    for name, code, shape, nbytes in layout:
+        begin, end = end, end + nbytes
+        entries[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begins aligned
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_file(path: pathlib.Path, layout: Sequence[Entry], pieces: Iterable[np.ndarray]) -> None:
+    """Writes a file whose data come in contiguous pieces, and syncs it to disk."""
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for (name, shape), array in zip(layout, arrays, strict=True):
-            assert array.shape == shape and array.dtype == dtype, (name, array.shape, array.dtype)
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        file.write(header(layout))
+        start = file.tell()
+        for piece in pieces:
+            file.write(piece.reshape(-1).view(np.uint8).data)
+        assert file.tell() - start == sum(nbytes for *_, nbytes in layout), path
         file.flush()
         os.fsync(file.fileno())

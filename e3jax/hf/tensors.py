@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from e3jax.models.config import ModelConfig
-from e3jax.models.decoder import param_table
+from e3jax.models.params import param_table
 
 # Leaf -> tensor, its axes as stored (the letters of one stored axis together), and ours. Letters
 # as in decoder.py: v vocabulary, d width, k key-value heads, g groups, h head width, f mlp width.
@@ -55,13 +55,15 @@ class Tensor:
         """Elements."""
         return math.prod(self.shape)
 
-    def to_ours(self, stored: np.ndarray) -> np.ndarray:
-        """Stored tensor -> piece of the leaf: a view, no copy."""
-        return stored.reshape(self.split).transpose(self.order)
+    def source_name(self, keep: Sequence[int]) -> str:
+        """Its name in the model whose layers `keep` became this one's."""
+        if self.layer is None:
+            return self.name
+        return self.name.replace(f".{self.layer}.", f".{keep[self.layer]}.", 1)
 
-    def to_hf(self, ours: np.ndarray) -> np.ndarray:
-        """Piece of the leaf -> stored tensor."""
-        return ours.transpose(np.argsort(self.order)).reshape(self.shape)
+    def as_stored(self, ours: np.ndarray) -> np.ndarray:
+        """Piece of the leaf (or of its place in a stack) with the axes as stored: a view."""
+        return ours.transpose(np.argsort(self.order))
 
 
 def tensor_table(cfg: ModelConfig) -> tuple[Tensor, ...]:

@@ -2,7 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
+
+Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,7 @@ class ModelConfig:
     tied: bool  # the output head is the embedding
     windows: tuple[int | None, ...]  # per layer: sliding-window length in tokens, None = full
     rope: Rope = Rope()
-    activation: str = "silu"
+    activation: Activation = "silu"
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False

@@ -10,7 +10,7 @@ and the compile time does not grow with depth.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
@@ -21,8 +21,8 @@ from e3jax.models import recompute, rope
 from e3jax.models.attention import Attend, make_attention, precision
 from e3jax.models.config import ModelConfig
 from e3jax.models.gate import apply_gate
-
-Params = dict[str, Any]
+from e3jax.models.params import Leaf, Params, param_table
+from e3jax.models.params import count_params as count_params
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -43,56 +43,12 @@ class Batch:
     mask: jax.Array  # bool: the prediction made at t carries loss
 
 
-class Leaf(NamedTuple):
-    """One parameter: its shape, the logical name of each axis, and the scale it starts with."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    init: float | None  # standard deviation; 0 = zeros, None = ones
-
-
-def param_table(cfg: ModelConfig) -> Params:
-    """Every parameter of the model as a nested dict of Leaf: the one source of shapes and specs."""
-    L, D, F, V = cfg.num_layers, cfg.width, cfg.mlp_width, cfg.vocab_size
-    K, G, H = cfg.num_kv_heads, cfg.num_groups, cfg.head_dim
-    std = 0.02
-    std_out = std / math.sqrt(2 * L)  # GPT-2: residual branches add up over depth
-
-    def layer(shape: tuple[int, ...], axes: tuple[str | None, ...], init: float | None) -> Leaf:
-        return Leaf((L, *shape), (None, *axes), init)
-
-    layers = {
-        "attn_norm": layer((D,), (None,), None),
-        "q": layer((D, K, G, H), ("embed", "heads", "groups", None), std),
-        "k": layer((D, K, H), ("embed", "heads", None), std),
-        "v": layer((D, K, H), ("embed", "heads", None), std),
-        "o": layer((K, G, H, D), ("heads", "groups", None, "embed"), std_out),
-        "mlp_norm": layer((D,), (None,), None),
-        "gate": layer((D, F), ("embed", "mlp"), std),
-        "up": layer((D, F), ("embed", "mlp"), std),
-        "down": layer((F, D), ("mlp", "embed"), std_out),
-    }
-    if cfg.qkv_bias:
-        layers["q_bias"] = layer((K, G, H), ("heads", "groups", None), 0.0)
-        layers["k_bias"] = layer((K, H), ("heads", None), 0.0)
-        layers["v_bias"] = layer((K, H), ("heads", None), 0.0)
-    if cfg.out_bias:
-        layers["o_bias"] = layer((D,), (None,), 0.0)
-    if cfg.qk_norm:
-        layers["q_norm"] = layer((H,), (None,), None)
-        layers["k_norm"] = layer((H,), (None,), None)
-    if cfg.mlp_bias:
-        layers["gate_bias"] = layer((F,), ("mlp",), 0.0)
-        layers["up_bias"] = layer((F,), ("mlp",), 0.0)
-        layers["down_bias"] = layer((D,), (None,), 0.0)
-    table: Params = {
-        "embed": Leaf((V, D), ("vocab", "embed"), std),
-        "layers": layers,
-        "final_norm": Leaf((D,), (None,), None),
-    }
-    if not cfg.tied:
-        table["head"] = Leaf((D, V), ("embed", "vocab"), std)
-    return table
+def abstract_batch(rows: int, time: int) -> Batch:
+    """ShapeDtypeStructs of a batch, with their sharding where a mesh is set."""
+    place = mesh.sharding(("batch", None), (rows, time))
+    ids = jax.ShapeDtypeStruct((rows, time), jnp.int32, sharding=place)
+    mask = jax.ShapeDtypeStruct((rows, time), jnp.bool_, sharding=place)
+    return Batch(ids, ids, ids, ids, mask)
 
 
 def _is_leaf(x: Any) -> bool:
@@ -138,12 +94,6 @@ def replicated(cfg: ModelConfig, dtype: Any) -> list[str]:
             f"({gb:.3g} GB a device instead of {gb / count:.3g})"
         )
     return lines
-
-
-def count_params(cfg: ModelConfig) -> int:
-    """Parameters, a tied head counted once."""
-    leaves = jax.tree.leaves(param_table(cfg), is_leaf=_is_leaf)
-    return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def init_params(key: jax.Array, cfg: ModelConfig, dtype: Any = jnp.float32) -> Params:
@@ -211,11 +161,12 @@ def attention(
         q, k, v = (
             y + w[f"{n}_bias"].astype(y.dtype) for n, y in zip("qkv", (q, k, v), strict=True)
         )
+    q, k, v = map(recompute.keep, (q, k, v))  # before the norm, whose backward asks for its input
     if cfg.qk_norm:
         q = rms_norm(q, w["q_norm"], cfg.norm_eps)
         k = rms_norm(k, w["k_norm"], cfg.norm_eps)
     q, k = rope.rotate(q, cos_sin), rope.rotate(k, cos_sin)
-    y = attend(*map(recompute.keep, (q, k, v)))
+    y = attend(q, k, v)
     y = _project("btkgh,kghd->btd", y, w["o"], ("batch", None, None))
     return y + w["o_bias"].astype(y.dtype) if cfg.out_bias else y
 
@@ -240,8 +191,8 @@ def layer(
 ) -> jax.Array:
     """One decoder layer, residual stream in and out; `w` has no layer axis."""
     x = rms_norm(h_btd, w["attn_norm"], cfg.norm_eps)
-    h_btd = h_btd + attention(w, x, cos_sin, attend, cfg)
-    return h_btd + mlp(w, rms_norm(h_btd, w["mlp_norm"], cfg.norm_eps), cfg)
+    h_btd = recompute.keep(h_btd + attention(w, x, cos_sin, attend, cfg))
+    return recompute.keep(h_btd + mlp(w, rms_norm(h_btd, w["mlp_norm"], cfg.norm_eps), cfg))
 
 
 def embed(params: Params, tokens: jax.Array, dtype: Any) -> jax.Array:
@@ -278,7 +229,8 @@ def hidden(
     gates_bl: float32 [B, L] of 0 and 1, a mask a row; a gate of 0 skips the layer exactly, and the
       gradient reaches every gate (see gate.py).
     layer_ids: int32 [K]: run only these layers, in this order, without copying their weights.
-    remat: "layer" recomputes each layer in backward from its input; "none" keeps everything.
+    remat: what backward recomputes, see recompute.py: "layer" each layer from its input, "none"
+      nothing, "selective" what is cheap for the memory it would take.
     observe: statistics of (residual stream into, out of) each layer; then the result is a pair
       (hidden states, statistics stacked on axis 0). Layer outputs are before the final norm.
     """

@@ -91,6 +91,12 @@ def init_state(theta_l: jax.Array, spec: config.Search) -> SearchState:
     )
 
 
+def abstract_state(cfg: ModelConfig, spec: config.Search) -> SearchState:
+    """ShapeDtypeStructs of `init_state`, whole on every device of the mesh that is set."""
+    theta = jax.ShapeDtypeStruct((cfg.num_layers,), jnp.float32)
+    return mesh.abstract(jax.eval_shape(lambda theta: init_state(theta, spec), theta))
+
+
 def make_search_step(
     cfg: ModelConfig, spec: config.Search, *, seed: int, dtype: Any, remat: str, chunk: int
 ) -> Callable[[SearchState, Params, Batch], tuple[SearchState, dict[str, jax.Array]]]:

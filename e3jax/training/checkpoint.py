@@ -16,6 +16,7 @@ from e3jax.errors import UserError
 log = logging.getLogger(__name__)
 
 INPUTS = "inputs.json"
+PATIENCE_S = 86400  # for a save
 
 
 class Checkpoints:
@@ -50,6 +51,7 @@ class Checkpoints:
             (folder / "steps").absolute(),
             preservation_policy=policies.AnyPreservationPolicy(stay),
             cleanup_tmp_directories=True,  # what a killed save left
+            context=_context(),
         )
 
     def save(self, step: int, state: Any, figures: Mapping[str, Any] | None = None) -> None:
@@ -160,6 +162,17 @@ def checksum(state: Any) -> jax.Array:
         words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
         total = 31 * total + jnp.sum(words, dtype=jnp.uint32)  # modulo 2**32: in any order
     return total
+
+
+def _context() -> ocp.Context:
+    """Orbax measures its timeouts by the wall clock: one that jumps must not fail a save.
+
+    Waiting for directories that are made in the background has one that cannot be set.
+    """
+    context = ocp.Context()
+    context.asynchronous.timeout_secs = PATIENCE_S
+    context.asynchronous.create_directories_asynchronously = False
+    return context
 
 
 def _reason(error: BaseException) -> str:

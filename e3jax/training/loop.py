@@ -3,14 +3,15 @@
 import contextlib
 import dataclasses
 import pathlib
-import signal
-import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 
-from e3jax import mesh, processes
+from e3jax import mesh, notice, processes
 from e3jax.data.batches import prefetch
 from e3jax.errors import Diverged
 from e3jax.training.checkpoint import abstract, open_checkpoints
@@ -47,17 +48,19 @@ def fit(
     keep, best: checkpoints that stay: the latest `keep`, and the one of least value `best`.
 
     Killed at any moment, the same call goes on from the last checkpoint and ends with the same
-    state. SIGTERM in any process saves a checkpoint in all and exits with code 143.
+    state. A notice to stop (notice.py) saves a checkpoint in all processes and exits with code 143,
+    after the step that runs or in the midst of an evaluation, which is then done on restart.
     """
-    with contextlib.ExitStack() as stack:
+    with notice.held(), contextlib.ExitStack() as stack:
         place = folder / "checkpoints"
         checkpoints = stack.enter_context(open_checkpoints(place, inputs, keep, best))
-        start, state = checkpoints.restore(abstract(state)) or (0, state)
-        if start == steps:
+        with notice.released():
+            start, kept = checkpoints.restore(abstract(_Kept.of(state, due=True))) or (0, None)
+        state, due = (state, True) if kept is None else (kept.state, bool(kept.due))
+        if start == steps and not due:
             return state
         metrics = Metrics(folder, name, start=start, steps=steps, write=processes.is_first())
         stack.callback(metrics.close)
-        told_to_stop = stack.enter_context(_terminated())
         late = _Late(metrics, patience)
         if start:
             metrics.say(f"{name}: going on from the checkpoint of step {start}")
@@ -66,25 +69,66 @@ def fit(
             if evaluate is None or (done % evaluate_every and done != steps):
                 return state, None
             late.settle()
-            state, values = evaluate(done, state)
+            try:
+                with notice.breakable() if done > start else notice.released():
+                    measured, values = evaluate(done, state)
+            except SystemExit:
+                if done > start:
+                    checkpoints.save(done, _Kept.of(state, due=True))
+                metrics.say(f"told to stop while step {done} is measured; the same command goes on")
+                raise
             metrics.log(done, values)
-            return state, values
+            return measured, values
 
-        if not start:
-            state, _ = measure(0, state)
-        for step, batch in prefetch(batches, start, steps):
-            state, out = step_fn(state, mesh.shard_batch(batch))
+        if due:
+            state, _ = measure(start, state)
+        ahead = _Waited(prefetch(batches, start, steps))
+        for step, batch in ahead:
+            with notice.released() if step == start else contextlib.nullcontext():  # it compiles
+                state, out = step_fn(state, mesh.shard_batch(batch))
             late.settle()
-            late.step = (step, out, processes.vote(told_to_stop.is_set()))
             done = step + 1
+            late.step = (step, out, notice.vote(done))
             state, figures = measure(done, state)
             if late.stop or done % checkpoint_every == 0 or done == steps:
                 late.settle()
-                checkpoints.save(done, state, figures)
+                checkpoints.save(done, _Kept.of(state, due=False), figures)
             if late.stop:
                 metrics.say(f"told to stop: saving step {done}; the same command goes on from here")
-                raise SystemExit(128 + signal.SIGTERM)
+                raise SystemExit(notice.CODE)
+        metrics.say(f"{name}: {ahead.share():.1%} of the time waited for data")
     return state
+
+
+@flax.struct.dataclass
+class _Kept:
+    """What a checkpoint holds."""
+
+    state: Any
+    due: jax.Array  # uint32: 1 where the evaluation after this step was broken off
+
+    @classmethod
+    def of(cls, state: Any, *, due: bool) -> "_Kept":
+        return cls(state, mesh.replicate(jnp.uint32(due)))
+
+
+class _Waited:
+    """Passes on (step, batch), and knows the share of the time that went by waiting for them."""
+
+    def __init__(self, items: Iterator[tuple[int, Any]]) -> None:
+        self._items, self._begun, self._waited = items, time.monotonic(), 0.0
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return self
+
+    def __next__(self) -> tuple[int, Any]:
+        before = time.monotonic()
+        item = next(self._items)
+        self._waited += time.monotonic() - before
+        return item
+
+    def share(self) -> float:
+        return self._waited / max(time.monotonic() - self._begun, 1e-9)
 
 
 @dataclasses.dataclass
@@ -111,18 +155,3 @@ class _Late:
                 f"{self.bad} steps in a row had a loss or gradient that is not finite, the last of "
                 f"them step {step}: lower the learning rate, lengthen the warm-up or check the data"
             )
-
-
-class _terminated:
-    """While open, SIGTERM sets an event instead of ending the process."""
-
-    def __enter__(self) -> threading.Event:
-        event = threading.Event()
-        self._old = None
-        if threading.current_thread() is threading.main_thread():
-            self._old = signal.signal(signal.SIGTERM, lambda *_: event.set())
-        return event
-
-    def __exit__(self, *_: object) -> None:
-        if self._old is not None:
-            signal.signal(signal.SIGTERM, self._old)

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from e3jax import config, plan
+from e3jax import config
 from e3jax.errors import UserError
 from e3jax.hf.families import from_hf, read_config
+from e3jax.planning import budget
 
 QWEN25_14B = {  # its config.json, as published
     "model_type": "qwen2",
@@ -32,7 +33,7 @@ def real(name, cfg):
     """The bundled configuration of a real model, and its plan."""
     run = config.load_run(name)
     assert run.data.window <= cfg.max_position
-    return run, plan.make_plan(run, cfg, "bfloat16")
+    return run, budget.make_budget(run, cfg, "bfloat16")
 
 
 def test_qwen3_32b(shared):
@@ -84,7 +85,7 @@ def small():
 
 def test_tokens_and_bytes_by_hand(small):
     run, cfg = small
-    found = plan.make_plan(run, cfg, "float16")
+    found = budget.make_budget(run, cfg, "float16")
     assert found.importance_tokens == 3 * 5 * 100  # one layer left out at a time
     assert found.search_tokens == 10 * 3 * 100
     assert found.scoring_tokens == 4 * 7 * 100  # before steps 0, 4, 8 and after the last
@@ -108,7 +109,7 @@ def test_what_the_configuration_changes(small):
         distill=dataclasses.replace(run.distill, teacher="cache"),
         export=dataclasses.replace(run.export, dtype="float32"),
     )
-    found = plan.make_plan(run, cfg, "bfloat16")
+    found = budget.make_budget(run, cfg, "bfloat16")
     assert found.importance_tokens == 0
     assert found.scoring_tokens == (4 + 2) * 7 * 100
     assert found.teacher_cache_bytes == 1200 * (4 * (4 + 2) + 8)
@@ -119,7 +120,7 @@ def test_what_the_configuration_changes(small):
 def test_keep_is_a_count_or_a_share(small, keep, count):
     run, _ = small
     run = dataclasses.replace(run, search=dataclasses.replace(run.search, keep=keep))
-    assert plan.make_plan(run, from_hf(QWEN25_14B, "published"), "bfloat16").keep == count
+    assert budget.make_budget(run, from_hf(QWEN25_14B, "published"), "bfloat16").keep == count
 
 
 @pytest.mark.parametrize("changes", [{"keep": 3}, {"keep": 0.01}, {"protect": (0, 1, 2)}])
@@ -127,12 +128,12 @@ def test_refused(small, changes):
     run, cfg = small
     run = dataclasses.replace(run, search=dataclasses.replace(run.search, **changes))
     with pytest.raises(UserError, match=r"search\.keep"):
-        plan.make_plan(run, cfg, "bfloat16")
+        budget.make_budget(run, cfg, "bfloat16")
 
 
 def test_description(small):
     run, cfg = small
-    text = plan.describe(plan.make_plan(run, cfg, "bfloat16"))
+    text = budget.describe(budget.make_budget(run, cfg, "bfloat16"))
     assert "3 -> 2 (ideal speed-up 1.50x)" in text
     assert "8.5 k tokens" in text  # in all
     assert all(len(line) < 100 for line in text.splitlines())

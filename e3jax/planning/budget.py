@@ -12,7 +12,7 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Budget:
     """Upper bounds: windows count as full. Tokens are those that a masked or student model sees."""
 
     layers: int
@@ -39,8 +39,8 @@ def cache_bytes(tokens: int, top_k: int) -> int:
     return tokens * (top_k * (4 + 2) + 8)
 
 
-def make_plan(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Plan:
-    """The plan of `run` for a model. Raises UserError where keep, protect and force disagree."""
+def make_budget(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Budget:
+    """The budget of `run` for a model. Raises UserError where keep, protect and force disagree."""
     keep = resolve_keep(run.search.keep, cfg.num_layers)
     fixed_layers(run.search, cfg.num_layers)
     search, distill, window = run.search, run.distill, run.data.window
@@ -48,7 +48,7 @@ def make_plan(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Plan:
     scores = math.ceil(search.steps / search.score_every) + 1
     distill_tokens = distill.steps * distill.batch * window
     dtype = source_dtype if run.export.dtype == "source" else run.export.dtype
-    return Plan(
+    return Budget(
         layers=cfg.num_layers,
         keep=keep,
         params_before=count_params(cfg),
@@ -67,8 +67,8 @@ def make_plan(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Plan:
     )
 
 
-def describe(plan: Plan) -> str:
-    """The plan in words, a line a fact."""
+def describe(plan: Budget) -> str:
+    """The budget in words, a line a fact."""
     ratio = plan.layers / plan.keep
     saved = 1 - plan.params_after / plan.params_before
     lines = [

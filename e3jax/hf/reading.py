@@ -1,0 +1,116 @@
+"""Parts of stored tensors into host memory: only their byte ranges, by several threads.
+
+A box is (begin, end) on each axis. Without jax.
+"""
+
+import concurrent.futures
+import itertools
+import math
+import os
+import threading
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from e3jax.errors import UserError
+from e3jax.hf import blocks
+from e3jax.hf.safetensors import DTYPES, Stored
+from e3jax.hf.tensors import Tensor
+
+Box = tuple[tuple[int, int], ...]
+
+_thread = threading.local()
+
+
+def submit(
+    pool: concurrent.futures.Executor,
+    tensor: Tensor,
+    stored: Stored,
+    parts: Mapping[Box, np.ndarray],
+) -> list[concurrent.futures.Future[bool]]:
+    """Starts reading the parts of a tensor, given by their place in the leaf (without its layer).
+
+    What several parts have in common is read once. The results: whether all was finite.
+    """
+    back = np.argsort(tensor.order)
+    targets = [
+        (tuple(box[axis] for axis in back), tensor.as_stored(part)) for box, part in parts.items()
+    ]
+    row_bytes = math.prod(tensor.split[1:]) * DTYPES[stored.code].itemsize
+    reads = []
+    for (begin, end), *rest in merged([box for box, _ in targets]):
+        for cut in blocks.cuts(end - begin, row_bytes):
+            box = ((begin + cut.start, begin + cut.stop), *rest)
+            reads.append(pool.submit(_fill, stored, tensor.split, box, targets))
+    return reads
+
+
+def merged(boxes: Sequence[Box]) -> list[Box]:
+    """Boxes that are equal or do not overlap, those side by side joined: the same bytes."""
+    found = sorted(set(boxes))
+    axes = range(len(found[0]) if found else 0)
+    for axis in reversed(axes):
+        joined: list[Box] = []
+        for box in sorted(found, key=lambda b: (b[:axis], b[axis + 1 :], b[axis])):
+            last = joined[-1] if joined else None
+            others_equal = last and all(last[a] == box[a] for a in axes if a != axis)
+            if last and others_equal and last[axis][1] == box[axis][0]:
+                joined[-1] = (*last[:axis], (last[axis][0], box[axis][1]), *last[axis + 1 :])
+            else:
+                joined.append(box)
+        found = joined
+    return found
+
+
+def _fill(
+    stored: Stored, shape: Sequence[int], box: Box, targets: Sequence[tuple[Box, np.ndarray]]
+) -> bool:
+    """Reads a box and copies it to the targets; whether it is finite in their dtype."""
+    found = read(stored, shape, box)
+    dtype = targets[0][1].dtype
+    if found.dtype != dtype:
+        with np.errstate(over="ignore"):  # what overflows the dtype is told by its name
+            found = found.astype(dtype)
+    for place, part in targets:
+        common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, place, strict=True)]
+        if all(a < b for a, b in common):
+            to = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, place))
+            of = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, box))
+            blocks.copy(part[to], found[of])
+    return blocks.finite(found)
+
+
+def read(stored: Stored, shape: Sequence[int], box: Box) -> np.ndarray:
+    """A box of a tensor seen as `shape`, and no byte beside it: the one place that reads weights.
+
+    Good until the same thread reads again.
+    """
+    dtype = DTYPES[stored.code]
+    sizes = [end - begin for begin, end in box]
+    steps = [math.prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(len(shape))]
+    # The last axis that is not whole: from there on bytes lie together.
+    last = max((axis for axis in range(len(shape)) if sizes[axis] != shape[axis]), default=0)
+    run = math.prod(sizes[last:]) * dtype.itemsize
+    first = stored.start + box[last][0] * steps[last]
+    outer = itertools.product(*(range(begin, end) for begin, end in box[:last]))
+    buffer = _buffer(math.prod(sizes) * dtype.itemsize)
+    with stored.path.open("rb", 0) as file:
+        for i, places in enumerate(outer):
+            offset = first + sum(p * step for p, step in zip(places, steps))
+            _read_into(file.fileno(), buffer[i * run : (i + 1) * run], offset, stored)
+    return np.frombuffer(buffer, dtype).reshape(sizes)
+
+
+def _read_into(handle: int, part: memoryview, offset: int, stored: Stored) -> None:
+    while part:
+        size = os.preadv(handle, [part], offset)
+        if not size:
+            raise UserError(f"{stored.path}: became shorter while {stored.name} was read")
+        part, offset = part[size:], offset + size
+
+
+def _buffer(nbytes: int) -> memoryview:
+    """Memory of this thread that is used again: fresh pages cost as much as the copy."""
+    if len(getattr(_thread, "buffer", b"")) < nbytes:
+        _thread.buffer = np.empty(nbytes, np.uint8)
+    return memoryview(_thread.buffer)[:nbytes]

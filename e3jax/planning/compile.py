@@ -1,0 +1,248 @@
+"""The steps of both stages compiled ahead of time for a topology: no device, no weights.
+
+A TPU's compiler comes with libtpu and runs on any machine; what it reports is what the chip would
+use. For GPUs the steps are compiled for as many CPU devices, whose memory is an estimate: another
+compiler fuses and schedules otherwise.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from e3jax import config, job, mesh
+from e3jax.distill import distill, losses
+from e3jax.errors import UserError
+from e3jax.models import decoder
+from e3jax.models.config import ModelConfig
+from e3jax.planning.chips import Topology
+from e3jax.planning.cost import activation_bytes
+from e3jax.search import search
+from e3jax.training.optim import make_optimizer
+
+# The compiler's peak leaves out what the runtime keeps for itself, and fragmentation.
+MARGIN = 0.10
+USED = re.compile(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes a device while a step runs; the parts add up to `peak`."""
+
+    parameters: int  # that are trained, float32; in the search none is
+    optimiser: int
+    teacher: int  # the dense model as stored; it stays on the device with a cached teacher too
+    start: int  # the student as it was cut from the dense model, which nothing has let go of
+    activations: int  # what the forward pass keeps for the backward one
+    temporaries: int  # gradients, logits, gathered weights, work space, inputs
+    capacity: int
+    compiled: bool  # the compiler finished; if not, what it said it needed
+    seconds: float  # of compilation
+
+    @property
+    def peak(self) -> int:
+        return (
+            self.parameters
+            + self.optimiser
+            + self.teacher
+            + self.start
+            + self.activations
+            + self.temporaries
+        )
+
+    @property
+    def fits(self) -> bool:
+        return self.compiled and self.peak <= (1 - MARGIN) * self.capacity
+
+
+def open_mesh(topology: Topology, spec: config.Mesh) -> jax.sharding.Mesh:
+    """The mesh of a configuration over the devices of a topology, which need not be there.
+
+    Raises UserError where libtpu is missing or refuses the topology, and where the sizes of the
+    mesh do not multiply to its devices.
+    """
+    if not topology.is_tpu:
+        devices = jax.devices("cpu")
+        if len(devices) < topology.devices:
+            raise UserError(
+                f"{topology.text}: stood for by {topology.devices} CPU devices, and there are "
+                f"{len(devices)}; set XLA_FLAGS=--xla_force_host_platform_device_count="
+                f"{topology.devices} before jax starts"
+            )
+        devices = devices[: topology.devices]
+    else:
+        devices = _tpu_devices(topology)
+    return mesh.make_mesh(spec.replica, spec.data, spec.model, devices=devices)
+
+
+def _tpu_devices(topology: Topology) -> list[Any]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"{topology.text}: compiling for a TPU needs its compiler, on any machine: "
+            "pip install libtpu"
+        )
+    more: dict[str, Any] = {} if topology.slices == 1 else {"num_slices": topology.slices}
+    if topology.name == "v4":  # the two cores of a chip are one device, as JAX has them on a v4
+        more["chip_config_name"] = "megacore"
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.slice_name, **more
+        )
+    except Exception as error:  # what the plugin raises differs between versions
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{topology.text}: libtpu refuses this topology: {reason}") from error
+    return sorted(found.devices, key=lambda device: getattr(device, "slice_index", 0))
+
+
+def search_inputs(run: config.Run, cfg: ModelConfig, source_dtype: str) -> tuple[Any, tuple]:
+    """The jitted search step and its abstract arguments, under the mesh that is set."""
+    spec = run.search
+    step = search.make_search_step(
+        cfg,
+        spec,
+        seed=run.seed,
+        dtype=job.DTYPES[run.model.dtype],
+        remat=run.model.remat,
+        chunk=run.distill.chunk,
+    )
+    state = search.abstract_state(cfg, spec)
+    params = decoder.abstract_params(cfg, jnp.dtype(source_dtype))
+    rows = job.rows_per_batch(spec.batch)
+    return step, (state, params, decoder.abstract_batch(rows, run.data.window))
+
+
+def train_inputs(run: config.Run, cfg: ModelConfig, source_dtype: str) -> tuple[Any, tuple]:
+    """The jitted distillation step and its abstract arguments, under the mesh that is set."""
+    recipe, student = run.distill, student_config(run, cfg)
+    optimizer = make_optimizer(recipe.optimizer, recipe.steps)
+    step = distill.make_train_step(
+        student,
+        recipe,
+        optimizer,
+        teacher_cfg=cfg,
+        dtype=job.DTYPES[run.model.dtype],
+        remat=run.model.remat,
+    )
+    state = distill.abstract_state(student, optimizer)
+    rows, window = job.rows_per_batch(recipe.batch), run.data.window
+    teacher = stored = None
+    if recipe.teacher == "online":
+        teacher = decoder.abstract_params(cfg, jnp.dtype(source_dtype))
+    elif recipe.teacher == "cache":
+        stored = losses.abstract_topk(rows, window, recipe.top_k)
+    return step, (state, teacher, decoder.abstract_batch(rows, window), stored)
+
+
+def student_config(run: config.Run, cfg: ModelConfig) -> ModelConfig:
+    """A student of a run. Layers may differ in their window: which are kept is not yet known."""
+    return cfg.take_layers(range(search.resolve_keep(run.search.keep, cfg.num_layers)))
+
+
+def search_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topology) -> Memory:
+    """Memory of a search step, under the mesh that is set."""
+    step, arguments = search_inputs(run, cfg, source_dtype)
+    _, params, batch = arguments
+    kept = 0
+    if run.search.estimator != "score":
+        kept = activation_bytes(run, cfg, rows_here(batch.tokens.shape[0]), model_size())
+    return _compile(step.trace(*arguments), topology, teacher=local_bytes(params), activations=kept)
+
+
+def train_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topology) -> Memory:
+    """Memory of a distillation step, under the mesh that is set."""
+    recipe, student = run.distill, student_config(run, cfg)
+    step, arguments = train_inputs(run, cfg, source_dtype)
+    state, online, *_ = arguments
+    teacher, start = (
+        local_bytes(decoder.abstract_params(c, jnp.dtype(source_dtype))) for c in (cfg, student)
+    )
+    return _compile(
+        step.trace(*arguments),
+        topology,
+        parameters=local_bytes(state.params),
+        optimiser=local_bytes(state.opt_state),
+        teacher=teacher,
+        start=start,
+        idle=start + (teacher if online is None else 0),
+        activations=activation_bytes(
+            run, student, rows_here(recipe.microbatch or recipe.batch), model_size()
+        ),
+    )
+
+
+def _compile(
+    traced: Any,
+    topology: Topology,
+    *,
+    activations: int,
+    parameters: int = 0,
+    optimiser: int = 0,
+    teacher: int = 0,
+    start: int = 0,
+    idle: int = 0,
+) -> Memory:
+    """`idle`: bytes a device of arrays that stay there and are no arguments of the step."""
+    begun, compiled = time.monotonic(), True
+    try:
+        found = traced.lower().compile().memory_analysis()
+        peak = found.peak_memory_in_bytes or (
+            found.argument_size_in_bytes
+            + found.output_size_in_bytes
+            - found.alias_size_in_bytes
+            + found.temp_size_in_bytes
+        )
+    except jax.errors.JaxRuntimeError as error:
+        peak, compiled = needed(str(error)), False
+        if peak is None:
+            raise
+    known = parameters + optimiser + teacher + start
+    rest = max(peak + idle - known, 0)
+    activations = min(activations, rest)
+    return Memory(
+        parameters=parameters,
+        optimiser=optimiser,
+        teacher=teacher,
+        start=start,
+        activations=activations,
+        temporaries=rest - activations,
+        capacity=topology.memory,
+        compiled=compiled,
+        seconds=time.monotonic() - begun,
+    )
+
+
+def needed(message: str) -> int | None:
+    """Bytes a device that a program needs by the compiler's own out-of-memory error, or None."""
+    if "RESOURCE_EXHAUSTED" not in message or (found := USED.search(message)) is None:
+        return None
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes of abstract arrays on one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def _shards() -> int:
+    found = mesh.current()
+    return 1 if found is None else mesh.axis_size(found, mesh.BATCH)
+
+
+def model_size() -> int:
+    """Size of the tensor-parallel axis of the mesh that is set."""
+    found = mesh.current()
+    return 1 if found is None else found.shape["model"]
+
+
+def rows_here(batch: int) -> int:
+    """Rows of a batch on one device."""
+    return -(-batch // _shards())

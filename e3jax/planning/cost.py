@@ -1,0 +1,230 @@
+"""Operations and bytes of a step from the shapes, and the least time a chip needs for them.
+
+XLA's own count is no help: it takes the body of a scan, and so a model's layers, once. A step's
+roofline is the greatest of three times, as if each of the others were hidden behind it: matrix
+products at the chip's peak, traffic with its memory, and what the mesh makes chips send.
+"""
+
+import dataclasses
+
+from e3jax import config
+from e3jax.models.config import ModelConfig
+from e3jax.models.decoder import count_params
+from e3jax.planning.chips import Topology
+from e3jax.search.search import resolve_keep
+
+WIDE = 4  # bytes of float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Sizes of the mesh axes, none of them left open."""
+
+    replica: int
+    data: int
+    model: int
+
+    @property
+    def shards(self) -> int:
+        """Devices that share the rows of a batch."""
+        return self.replica * self.data
+
+    @property
+    def devices(self) -> int:
+        return self.shards * self.model
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds of a step on the devices of a topology, by what bounds it."""
+
+    compute: float
+    memory: float
+    interconnect: float  # within a slice
+    network: float  # between slices
+
+    @property
+    def seconds(self) -> float:
+        return max(self.bounds().values())
+
+    @property
+    def bound(self) -> str:
+        return max(self.bounds(), key=lambda name: self.bounds()[name])
+
+    def bounds(self) -> dict[str, float]:
+        return dataclasses.asdict(self)
+
+
+# ---------------------------------------------------------------- operations
+
+
+def keys_seen(time: int, window: int | None, *, dense: bool = False) -> float:
+    """Keys a query of a row of `time` tokens sees, on average; all of them where masks are dense.
+
+    One document a row: packed ones see fewer, so this is an upper bound.
+    """
+    if dense:
+        return time
+    width = time if window is None else min(window, time)
+    return (width * (width + 1) / 2 + (time - width) * width) / time
+
+
+def layer_flops(
+    cfg: ModelConfig, time: int, window: int | None = None, *, dense: bool = False
+) -> tuple[float, float, float]:
+    """Floating-point operations a token of one layer forward: projections, attention, mlp."""
+    queries, keys = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    projections = 2 * cfg.width * (2 * queries + 2 * keys)
+    attention = 4 * queries * keys_seen(time, window, dense=dense)
+    return projections, attention, 6 * cfg.width * cfg.mlp_width
+
+
+def body_flops(cfg: ModelConfig, time: int, *, dense: bool = False) -> float:
+    """Of all layers, a token, forward."""
+    return sum(sum(layer_flops(cfg, time, window, dense=dense)) for window in cfg.windows)
+
+
+def head_flops(cfg: ModelConfig) -> float:
+    """Of the logits of a token."""
+    return 2 * cfg.width * cfg.vocab_size
+
+
+def recomputed(cfg: ModelConfig, time: int, remat: str) -> float:
+    """Operations a token that backward repeats of the layers' forward pass."""
+    if remat == "none":
+        return 0.0
+    if remat == "layer":
+        return body_flops(cfg, time)
+    queries = (
+        2 * cfg.width * cfg.num_heads * cfg.head_dim
+    )  # `selective` keeps q, k, v and attention
+    return sum(queries + layer_flops(cfg, time, window)[2] for window in cfg.windows)
+
+
+def train_flops(run: config.Run, cfg: ModelConfig) -> float:
+    """A token of a distillation step: teacher forward, student forward, backward, recomputation."""
+    student, time = _student(run, cfg), run.data.window
+    body, head = body_flops(student, time), head_flops(student)
+    total = 3 * body + recomputed(student, time, run.model.remat) + 4 * head  # logits, twice; d 2
+    if run.distill.teacher == "online":
+        total += body_flops(cfg, time) + 2 * head_flops(cfg)
+    return total
+
+
+def search_flops(run: config.Run, cfg: ModelConfig) -> float:
+    """A token of a search step: dense forward, masked forward, backward to the gates alone."""
+    body, head, time = body_flops(cfg, run.data.window), head_flops(cfg), run.data.window
+    dense = run.search.loss == "kl"
+    total = body + head + (body + head) * dense
+    if run.search.estimator != "score":  # weights are frozen: no products for their gradients
+        total += body + 2 * head + head * dense + recomputed(cfg, time, run.model.remat)
+    return total
+
+
+def score_flops(run: config.Run, cfg: ModelConfig) -> float:
+    """A token of a held-out score: dense and masked forward."""
+    return 2 * (body_flops(cfg, run.data.window) + head_flops(cfg))
+
+
+def _student(run: config.Run, cfg: ModelConfig) -> ModelConfig:
+    return cfg.take_layers(range(resolve_keep(run.search.keep, cfg.num_layers)))
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def activation_bytes(run: config.Run, cfg: ModelConfig, rows: int, model: int) -> int:
+    """What the forward pass keeps for the backward one, a device: its rows, 1 / `model` of what
+    tensor parallelism shares."""
+    size = 2 if run.model.dtype == "bfloat16" else WIDE
+    a_token = cfg.width  # the residual stream into the layer
+    if run.model.remat != "layer":
+        queries, keys = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+        a_token += (2 * queries + 2 * keys) / model
+    if run.model.remat == "none":
+        a_token += 3 * cfg.width + 3 * cfg.mlp_width / model  # norms, the sum; gate, up, product
+    return int(cfg.num_layers * rows * run.data.window * a_token * size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A run of a model over a batch, as its traffic sees it."""
+
+    cfg: ModelConfig
+    tokens: int  # of a micro-batch, on all devices
+    micro: int  # micro-batches
+    times: int  # that the weights are gathered and read: 1 forward, 3 with backward and remat
+    trained: bool = False
+
+
+def _traffic(passes: list[Pass], mesh: Mesh, chunk: int) -> tuple[float, float, float]:
+    """Bytes a device moves: with its memory, in its slice, between slices."""
+    memory = inside = between = 0.0
+    for p in passes:
+        cfg, model = p.cfg, mesh.model
+        params = count_params(cfg)
+        here = p.tokens / mesh.shards
+        split = (model - 1) / model
+        gathered = (mesh.data - 1) / mesh.data * 2 * params / model  # bfloat16
+        head = (mesh.data - 1) / mesh.data * 2 * cfg.width * cfg.vocab_size / model
+        chunks = max(here / chunk, 1)
+        memory += p.micro * p.times * (2 * params / model + 16 * here * cfg.width * cfg.num_layers)
+        inside += p.micro * p.times * (gathered + (chunks - 1) * head)
+        # Two all-reduces of the residual stream a layer and pass; each moves it twice.
+        inside += p.micro * p.times * 4 * split * here * cfg.width * 2 * cfg.num_layers
+        if p.trained:
+            inside += p.micro * (
+                gathered + (chunks - 1) * 2 * head
+            )  # gradients; the head's by chunk
+            shard = params / (mesh.data * model)
+            memory += shard * WIDE * (8 + 2 * p.micro)  # parameters, two moments, gradients
+            between += p.micro * 2 * shard * 2 * (mesh.replica - 1) / mesh.replica
+    return memory, inside, between
+
+
+def train_roofline(run: config.Run, cfg: ModelConfig, topology: Topology, mesh: Mesh) -> Roofline:
+    """Of a distillation step."""
+    recipe, student = run.distill, _student(run, cfg)
+    batch = -(-recipe.batch // mesh.shards) * mesh.shards
+    micro = batch // (recipe.microbatch or batch)
+    tokens = batch * run.data.window // micro
+    times = 2 if run.model.remat == "none" else 3
+    passes = [Pass(student, tokens, micro, times, trained=True)]
+    if recipe.teacher == "online":
+        passes.append(Pass(cfg, tokens, micro, 1))
+    flops = train_flops(run, cfg) * tokens * micro
+    return _roofline(flops, passes, topology, mesh, recipe.chunk)
+
+
+def search_roofline(run: config.Run, cfg: ModelConfig, topology: Topology, mesh: Mesh) -> Roofline:
+    """Of a search step."""
+    spec = run.search
+    tokens = -(-spec.batch // mesh.shards) * mesh.shards * run.data.window
+    times = 1 if spec.estimator == "score" else 2 if run.model.remat == "none" else 3
+    passes = [Pass(cfg, tokens, 1, times + (spec.loss == "kl"))]
+    flops = search_flops(run, cfg) * tokens
+    return _roofline(flops, passes, topology, mesh, run.distill.chunk)
+
+
+def forward_roofline(
+    run: config.Run, cfg: ModelConfig, topology: Topology, mesh: Mesh, rows: int, passes: int
+) -> Roofline:
+    """Of `passes` forward passes over a batch of `rows`, logits included."""
+    tokens = -(-rows // mesh.shards) * mesh.shards * run.data.window
+    flops = passes * (body_flops(cfg, run.data.window) + head_flops(cfg)) * tokens
+    return _roofline(flops, [Pass(cfg, tokens, 1, passes)], topology, mesh, run.distill.chunk)
+
+
+def _roofline(
+    flops: float, passes: list[Pass], topology: Topology, mesh: Mesh, chunk: int
+) -> Roofline:
+    memory, inside, between = _traffic(passes, mesh, chunk)
+    chip, each = topology.chip, topology.chip.devices
+    if topology.slices > 1 and mesh.replica % topology.slices:
+        between, inside = between + inside, 0.0  # the mesh gathers weights over the network
+    return Roofline(
+        compute=flops / (mesh.devices * chip.flops / each),
+        memory=memory / (chip.memory_bandwidth / each),
+        interconnect=inside / (chip.interconnect / each),
+        network=between / (chip.network / each),
+    )

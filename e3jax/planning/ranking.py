@@ -1,0 +1,169 @@
+"""Which mesh, micro-batch and recomputation: all estimated, the best three compiled."""
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from e3jax import config, job, mesh
+from e3jax.errors import UserError
+from e3jax.models import decoder
+from e3jax.models.config import ModelConfig
+from e3jax.planning import compile, cost
+from e3jax.planning.chips import Topology
+from e3jax.search.search import resolve_keep
+
+COMPILED = 3
+LARGEST_MODEL = 16  # tensor parallelism beyond a few chips sends more than it saves
+REMATS = ("none", "selective", "layer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A mesh, micro-batch and recomputation, and what they are estimated to take."""
+
+    replica: int
+    data: int
+    model: int
+    microbatch: int  # windows
+    remat: str
+    seconds: float  # of a distillation step, roofline
+    memory: int  # bytes a device, estimated from the shapes
+    compiled: compile.Memory | None = None
+
+    @property
+    def overrides(self) -> str:
+        """As they are given on the command line."""
+        return (
+            f"mesh.replica={self.replica} mesh.data={self.data} mesh.model={self.model} "
+            f"distill.microbatch={self.microbatch} model.remat={self.remat}"
+        )
+
+    def apply(self, run: config.Run) -> config.Run:
+        """The configuration with these overrides."""
+        return dataclasses.replace(
+            run,
+            mesh=dataclasses.replace(
+                run.mesh, replica=self.replica, data=self.data, model=self.model
+            ),
+            model=dataclasses.replace(run.model, remat=self.remat),
+            distill=dataclasses.replace(run.distill, microbatch=self.microbatch),
+        )
+
+
+def rank(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topology) -> list[Choice]:
+    """All sensible choices, fastest first by the roofline; memory estimated.
+
+    Raises UserError when no mesh of the topology can share the batch.
+    """
+    found = [
+        choice
+        for sizes in _meshes(cfg, topology)
+        for choice in _choices(run, cfg, source_dtype, topology, sizes)
+    ]
+    if not found:
+        raise UserError(
+            f"distill.batch={run.distill.batch}: no mesh of {topology.text} ({topology.devices} "
+            "devices) can share its windows evenly; make it a multiple of the devices"
+        )
+    return sorted(found, key=lambda c: (c.seconds, c.memory))
+
+
+def _meshes(cfg: ModelConfig, topology: Topology) -> Iterator[cost.Mesh]:
+    """Replicas between slices, where the network is slow; heads that the model axis divides."""
+    a_slice = topology.devices // topology.slices
+    model = 1
+    while model <= min(LARGEST_MODEL, a_slice):
+        if a_slice % model == 0 and cfg.num_kv_heads % model == 0:
+            yield cost.Mesh(topology.slices, a_slice // model, model)
+        model *= 2
+
+
+def _choices(
+    run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topology, sizes: cost.Mesh
+) -> Iterator[Choice]:
+    batch, rows = run.distill.batch, 1
+    while batch % (rows * sizes.shards) == 0:
+        for remat in REMATS:
+            choice = Choice(
+                sizes.replica, sizes.data, sizes.model, rows * sizes.shards, remat, 0.0, 0
+            )
+            changed = choice.apply(run)
+            roofline = cost.train_roofline(changed, cfg, topology, sizes)
+            yield dataclasses.replace(
+                choice,
+                # What is hidden behind the bound is never hidden whole.
+                seconds=roofline.seconds + 0.1 * sum(roofline.bounds().values()),
+                memory=estimate(changed, cfg, source_dtype, topology, sizes),
+            )
+        rows *= 2
+
+
+def estimate(
+    run: config.Run,
+    cfg: ModelConfig,
+    source_dtype: str,
+    topology: Topology,
+    sizes: cost.Mesh,
+) -> int:
+    """Bytes a device of a distillation step: arrays by their shards, work space by its greatest
+    parts. Within 1.5 of the compiler's (tests/test_planning.py)."""
+    recipe, time = run.distill, run.data.window
+    student = cfg.take_layers(range(resolve_keep(run.search.keep, cfg.num_layers)))
+    shape = (sizes.replica, sizes.data, sizes.model)
+    types = AbstractMesh(shape, mesh.AXES, axis_types=(AxisType.Explicit,) * 3)
+    with jax.sharding.use_abstract_mesh(types):
+        wide = compile.local_bytes(decoder.abstract_params(student))
+        dense = compile.local_bytes(decoder.abstract_params(cfg, jnp.dtype(source_dtype)))
+        start = compile.local_bytes(decoder.abstract_params(student, jnp.dtype(source_dtype)))
+    micro = recipe.microbatch or recipe.batch
+    rows, model = -(-micro // sizes.shards), sizes.model
+    tokens = rows * time
+    size = job.DTYPES[run.model.dtype](0).itemsize
+    heads, mlp = cfg.num_heads * cfg.head_dim / model, cfg.mlp_width / model
+    gradients = wide * (1 if micro == recipe.batch else 2)
+    layer = tokens * (8 * cfg.width + 4 * heads + 6 * mlp) * size
+    logits = 4 * 4 * min(recipe.chunk, tokens) * cfg.vocab_size / model
+    per_layer = decoder.count_params(cfg.take_layers([0])) - decoder.count_params(
+        cfg.take_layers([])
+    )
+    gathered = 2 * size * per_layer / model + 3 * size * cfg.width * cfg.vocab_size / model
+    if not topology.is_tpu:  # scores of every query and key
+        layer += rows * cfg.num_heads / model * time**2 * 12
+    kept = cost.activation_bytes(run, student, rows, model)
+    return int(3 * wide + dense + start + gradients + kept + max(layer, logits) + gathered)
+
+
+def search_mesh(
+    run: config.Run,
+    cfg: ModelConfig,
+    source_dtype: str,
+    topology: Topology,
+    say: Callable[[str], None],
+) -> Choice:
+    """The fastest choice that fits by the compiler's word; if none of those compiled does, the one
+    of least memory. `say` is told of each."""
+    ranked = rank(run, cfg, source_dtype, topology)
+    room = (1 - compile.MARGIN) * topology.memory
+    tried = [c for c in ranked if c.memory <= room][:COMPILED]
+    tried = tried or sorted(ranked, key=lambda c: c.memory)[:COMPILED]
+    say(f"{len(ranked)} choices, {sum(c.memory <= room for c in ranked)} of them estimated to fit")
+
+    def measure(choice: Choice) -> Choice:
+        changed = choice.apply(run)
+        with jax.set_mesh(compile.open_mesh(topology, changed.mesh)):
+            memory = compile.train_step(changed, cfg, source_dtype, topology)
+        verdict = "fits" if memory.fits else "does not fit"
+        say(
+            f"{choice.overrides}: {memory.peak / 2**30:.1f} GiB (estimated "
+            f"{choice.memory / 2**30:.1f}), {verdict}, compiled in {memory.seconds:.0f} s"
+        )
+        return dataclasses.replace(choice, compiled=memory)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        measured = list(pool.map(measure, tried))
+    fitting = [c for c in measured if c.compiled is not None and c.compiled.fits]
+    return fitting[0] if fitting else min(measured, key=lambda c: c.compiled.peak)

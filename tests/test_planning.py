@@ -1,0 +1,382 @@
+"""Plans: chips and topologies, operations against XLA's count, memory, ranking, configurations."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from e3jax import cli, config, mesh
+from e3jax.errors import UserError
+from e3jax.hf import families, folders, hub
+from e3jax.models import attention, decoder, rope
+from e3jax.models.config import ModelConfig
+from e3jax.planning import chips, compile, cost, plan, ranking
+from training_tiny import CFG
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+MODEL = ModelConfig(
+    family="qwen3",
+    num_layers=3,
+    width=256,
+    mlp_width=768,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=32,
+    vocab_size=1024,
+    max_position=4096,
+    norm_eps=1e-6,
+    tied=False,
+    windows=(None,) * 3,
+    qk_norm=True,
+)
+
+
+def small_run(out="x", **distill):
+    fields = {"batch": 16, "chunk": 512, "teacher": "online", **distill}
+    tree = {"out": str(out), "data": {"window": 64}, "search": {"keep": 2}, "distill": fields}
+    return config.validate(tree, "small")
+
+
+# ---------------------------------------------------------------- chips
+
+
+@pytest.mark.parametrize(
+    ("text", "devices", "gib"),
+    [
+        ("v5p:4x4x2", 32, 95),
+        ("V5E:4x4", 16, 16),
+        ("v4:2x2x1", 4, 32),
+        ("tpu7x:2x2x1", 8, 96),  # two devices a chip, and each has half of its memory
+        ("2xv6e:4x8", 64, 32),
+    ],
+)
+def test_topologies(text, devices, gib):
+    found = chips.parse(text)
+    assert (found.devices, found.memory) == (devices, gib * 2**30)
+    assert found.is_tpu and found.slice_name == text.lower().removeprefix("2x")
+
+
+def test_gpu_hosts():
+    found = chips.parse("2xh200:8")
+    assert not found.is_tpu
+    assert (found.devices, found.slices, found.memory) == (16, 2, 141 * 10**9)
+
+
+@pytest.mark.parametrize("text", ["v9:2x2", "v5p", "v5p:", "4x4x2", "v5p:4x4x2x"])
+def test_unknown_topologies_list_the_known(text):
+    with pytest.raises(UserError, match="known chips: v4, v5e, v5p, v6e, tpu7x, h100, h200, b200"):
+        chips.parse(text)
+
+
+@pytest.mark.parametrize("text", ["v5p:4x4", "h100:2x4", "v6e:4x4x4"])
+def test_shapes_have_the_chips_dimensions(text):
+    with pytest.raises(UserError, match="the shape of"):
+        chips.parse(text)
+
+
+@pytest.mark.parametrize("text", ["v5p:3x2x1", "v5e:1x1", "0xv5p:2x2x1", "h100:0"])
+def test_shapes_that_are_no_slice(text):
+    with pytest.raises(UserError, match="there is no such slice"):
+        chips.parse(text)
+
+
+def test_missing_libtpu_is_told(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install libtpu"):
+        compile.open_mesh(chips.parse("v5p:2x2x1"), config.Mesh())
+
+
+# ---------------------------------------------------------------- operations
+
+
+def test_keys_seen():
+    for time, window in [(10, None), (10, 4), (3, 8)]:
+        seen = [min(t + 1, window or time) for t in range(time)]
+        assert cost.keys_seen(time, window) == pytest.approx(sum(seen) / time)
+
+
+def test_flops_by_hand():
+    projections = 2 * 256 * (256 + 128 + 128 + 256)  # q, k, v, o
+    attention_ = 2 * (2 * 8 * 32 * 32.5)  # scores and values over (64 + 1) / 2 keys
+    layer = projections + attention_ + 2 * 3 * 256 * 768
+    assert cost.body_flops(MODEL, 64) == pytest.approx(3 * layer)
+    assert cost.head_flops(MODEL) == 2 * 256 * 1024
+    run = small_run()
+    student, head = 2 * layer, cost.head_flops(MODEL)
+    none = dataclasses.replace(run, model=dataclasses.replace(run.model, remat="none"))
+    # Forward, twice as much backward; logits are made again in backward, and the teacher's too.
+    expected = 3 * student + 4 * head + 3 * layer + 2 * head
+    assert cost.train_flops(none, MODEL) == pytest.approx(expected)
+    assert cost.train_flops(run, MODEL) == pytest.approx(expected + student)
+    cached = small_run(teacher="cache")
+    assert cost.train_flops(cached, MODEL) == pytest.approx(4 * student + 4 * head)
+
+
+def flops(lowered):
+    return lowered.cost_analysis()["flops"]
+
+
+def test_forward_flops_are_xlas():
+    """Of the layers unrolled, since XLA counts the body of a scan once."""
+    rows, time = 4, 64
+
+    def forward(params, batch):
+        h = decoder.embed(params, batch.tokens, jnp.float32)
+        angles = rope.angles(batch.positions, MODEL.rope, MODEL.head_dim)
+        attend = attention.make_attention(batch.segments, (None,), MODEL.head_dim)
+        for i in range(MODEL.num_layers):
+            w = jax.tree.map(lambda x: x[i], params["layers"])  # noqa: B023
+            h = decoder.layer(w, h, angles, lambda *qkv: attend(jnp.int32(0), *qkv), MODEL)
+        return decoder.logits(params, h, MODEL)
+
+    inputs = decoder.abstract_params(MODEL), decoder.abstract_batch(rows, time)
+    expected = flops(jax.jit(forward).lower(*inputs)) / (rows * time)
+    counted = cost.body_flops(MODEL, time, dense=True) + cost.head_flops(MODEL)
+    assert counted == pytest.approx(expected, rel=0.03)  # norms, softmax, rope are not ours
+
+
+@pytest.mark.parametrize("remat", ["none", "layer"])
+def test_step_flops_are_xlas(remat):
+    """One layer of each model and one chunk, so that every scan's body runs once."""
+    run = small_run(batch=4, chunk=4 * 64)
+    run = dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, remat=remat, dtype="float32"),
+        search=dataclasses.replace(run.search, keep=1, batch=4),
+    )
+    two = MODEL.take_layers((0, 1))
+    once = cost.body_flops(MODEL.take_layers((0,)), 64)
+    step, arguments = compile.train_inputs(run, two, "float32")
+    found = flops(step.lower(*arguments)) / (4 * 64)
+    state = decoder.count_params(MODEL.take_layers((0,))) * 25 / (4 * 64)  # AdamW, a parameter
+    assert cost.train_flops(run, two) - once == pytest.approx(found - state, rel=0.06)
+
+
+def test_search_flops_are_xlas():
+    run = small_run(chunk=4 * 64)
+    run = dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, dtype="float32", remat="none"),
+        search=dataclasses.replace(run.search, keep=1, batch=4),
+    )
+    two, one = MODEL.take_layers((0, 1)), MODEL.take_layers((0,))
+    step, arguments = compile.search_inputs(run, two, "float32")
+    found = flops(step.lower(*arguments)) / (4 * 64)
+    counted = cost.search_flops(run, two) - 3 * cost.body_flops(one, 64)  # three scans of two
+    assert counted == pytest.approx(found, rel=0.06)
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("teacher", ["online", "cache"])
+def test_parts_add_up_and_the_estimate_is_near(teacher):
+    """h100:8 is stood for by the eight CPU devices of the tests."""
+    topology, run = chips.parse("h100:8"), small_run(teacher=teacher, microbatch=8)
+    found = plan.make_plan(run, MODEL, "float32", topology)
+    memory, wide = found.distill_memory, 4 * decoder.count_params(MODEL.take_layers((0, 1)))
+    parts = dataclasses.asdict(memory)
+    names = ("parameters", "optimiser", "teacher", "start", "activations", "temporaries")
+    assert sum(parts[name] for name in names) == memory.peak
+    assert wide / 8 <= memory.parameters <= wide / 8 * 1.01  # norms are whole everywhere
+    assert 2 * memory.parameters <= memory.optimiser <= 2 * memory.parameters + 64
+    assert memory.teacher >= 4 * decoder.count_params(MODEL) / 8
+    assert memory.fits and found.fits
+    sizes = cost.Mesh(1, 8, 1)
+    estimated = ranking.estimate(run, MODEL, "float32", topology, sizes)
+    assert 1 / 1.5 < estimated / memory.peak < 1.5
+    assert found.search_memory.parameters == found.search_memory.optimiser == 0
+    text = plan.describe(found)
+    assert "distillation fits" in text and text.endswith("fits: yes")
+    tree = json.loads(json.dumps(plan.as_json(found)))
+    assert tree["fits"] and tree["distill_memory"]["peak"] == memory.peak
+    assert tree["chip_hours"] == pytest.approx(8 * tree["roofline_hours"] / plan.SHARE)
+
+
+def test_out_of_memory_is_read():
+    message = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
+    )
+    assert compile.needed(message) == int(20.5 * 2**30)
+    assert compile.needed("INTERNAL: something else") is None
+
+
+# ---------------------------------------------------------------- ranking
+
+
+def test_ranking_is_sane():
+    run = small_run(batch=32)
+    some, more = (
+        ranking.rank(run, MODEL, "bfloat16", chips.parse(t)) for t in ("h100:2", "h100:8")
+    )
+    assert [c.seconds for c in more] == sorted(c.seconds for c in more)
+
+    def least(choices):
+        return min(c.memory for c in choices)
+
+    assert least(some) > least(more)  # a smaller mesh needs more of each device
+    by = {(c.model, c.microbatch, c.remat): c for c in more}
+    assert {c.model for c in more} == {1, 2, 4}  # eight would divide the four heads of keys
+    assert by[1, 8, "layer"].memory < by[1, 8, "selective"].memory < by[1, 8, "none"].memory
+    assert by[1, 8, "layer"].memory < by[1, 32, "layer"].memory
+    assert by[1, 32, "none"].seconds < by[1, 32, "layer"].seconds
+    overrides = more[0].overrides.split()
+    tree = {key: value for key, _, value in (text.partition("=") for text in overrides)}
+    assert tree["model.remat"] == more[0].remat
+
+
+def test_no_mesh_can_share_the_batch():
+    with pytest.raises(UserError, match=r"distill\.batch=2: no mesh of h100:64"):
+        ranking.rank(small_run(batch=2), MODEL, "bfloat16", chips.parse("h100:64"))
+
+
+def test_slices_are_replicas():
+    found = ranking.rank(small_run(batch=64), MODEL, "bfloat16", chips.parse("2xv5p:2x2x1"))
+    assert {c.replica for c in found} == {2} and {c.data * c.model for c in found} == {4}
+
+
+# ---------------------------------------------------------------- configurations
+
+
+def architecture(run, shared):
+    facts = ROOT / "configs" / "models" / f"{run.model.path.replace('/', '--')}.json"
+    if facts.is_file():
+        return families.read_config(facts)
+    if run.model.path == "demo":
+        return families.read_config(hub.resolve_config("demo"))
+    return families.read_config(shared / "models" / run.model.path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configurations_type_check_on_256_devices(path, shared):
+    run = config.load_run(path)
+    cfg = architecture(run, shared)
+    pod = AbstractMesh((2, 16, 8), mesh.AXES, axis_types=(AxisType.Explicit,) * 3)
+    with jax.sharding.use_abstract_mesh(pod):
+        step, arguments = compile.search_inputs(run, cfg, "bfloat16")
+        state, _ = step.eval_shape(*arguments)
+        assert state.theta.shape == (cfg.num_layers,)
+        step, arguments = compile.train_inputs(run, cfg, "bfloat16")
+        state, metrics = step.eval_shape(*arguments)
+    before = arguments[0].params
+    assert jax.tree.map(lambda x: x.sharding.spec, state.params) == jax.tree.map(
+        lambda x: x.sharding.spec, before
+    )
+    assert metrics["loss"].shape == ()
+
+
+PAPER = {
+    "Qwen--Qwen3-32B": "Qwen--Qwen3-32B",
+    "meta-llama--Llama-2-7b-hf": "meta-llama--Llama-2-7b-chat-hf",
+}
+
+
+@pytest.mark.parametrize(("ours", "theirs"), PAPER.items())
+def test_bundled_facts_are_the_models(ours, theirs, shared):
+    path = ROOT / "configs" / "models" / f"{ours}.json"
+    assert families.read_config(path) == families.read_config(shared / "configs" / theirs)
+    assert folders.planned_dtype(path) == folders.planned_dtype(
+        shared / "configs" / theirs / "config.json"
+    )
+
+
+def test_bundled_facts_where_the_hub_is_out_of_reach(monkeypatch, caplog):
+    import huggingface_hub
+
+    def unreachable(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with caplog.at_level("WARNING"):
+        path = hub.resolve_config("Qwen/Qwen3-32B")
+    assert families.read_config(path).num_layers == 64
+    assert "hub could not be reached; using the bundled" in caplog.text
+    with pytest.raises(UserError, match="could not be fetched"):
+        hub.resolve_config("nobody/nothing")
+
+
+def test_dtype_without_weights(tmp_path):
+    path = tmp_path / "config.json"
+    for facts, dtype in [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "float16"}, "float16"),
+    ]:
+        path.write_text(json.dumps(facts))
+        assert folders.planned_dtype(path) == dtype
+    path.write_text(json.dumps({"dtype": "int4"}))
+    with pytest.raises(UserError, match="int4"):
+        folders.planned_dtype(path)
+    assert folders.planned_dtype(hub.resolve_config("demo")) == folders.source_dtype(
+        hub.resolve("demo")
+    )
+
+
+# ---------------------------------------------------------------- the command
+
+
+def write_model(folder, cfg=CFG):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(families.to_hf(cfg, dtype="bfloat16")))
+    return folder
+
+
+def test_command(tmp_path, capsys):
+    """A folder that holds only config.json, on eight GPUs; a run may use the same folder later."""
+    out, model = tmp_path / "out", write_model(tmp_path / "model")
+    where = [f"out={out}", f"model.path={model}", "data.window=64", "search.keep=2"]
+    command = ["plan", "--config", "demo", "--topology", "h100:8", *where, "distill.batch=16"]
+    assert cli.main([*command, "--search-mesh"]) == 0
+    assert "the fastest that fits: mesh.replica=1" in capsys.readouterr().out
+    tree = json.loads((out / "plan-h100-8.json").read_text())
+    assert tree["fits"] and tree["topology"]["chips"] == 8
+    assert {s["name"] for s in tree["stages"]} >= {"search", "distillation", "importance"}
+    assert (out / "plan-h100-8.txt").read_text() in capsys.readouterr().out or True
+    assert (out / "run.json").is_file()
+
+
+def test_command_says_what_does_not_fit(tmp_path, capsys, monkeypatch):
+    model = write_model(tmp_path / "model")
+    where = [f"out={tmp_path}/out", f"model.path={model}", "data.window=64", "search.keep=2"]
+    tiny = dataclasses.replace(chips.CHIPS["h100"], memory=2**17)
+    monkeypatch.setitem(chips.CHIPS, "h100", tiny)
+    command = ["plan", "--config", "demo", "--topology", "h100:8", *where, "distill.batch=16"]
+    assert cli.main(command) == 1
+    printed = capsys.readouterr().out
+    assert "distillation does not fit: needs" in printed and "fits: NO" in printed
+
+
+def test_command_refuses(tmp_path, capsys):
+    where = ["--config", "demo", f"out={tmp_path}/out"]
+    assert cli.main(["plan", *where, "--topology", "v7:2x2"]) == 2
+    assert "known chips" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_a_real_configuration_compiles_for_a_tpu(tmp_path):
+    """LLaMA-2-7B's plan, in a process of its own as the environment must be set before jax."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "run.py",
+            *("plan", "--config", "llama2-7b", "--topology", "v5p:2x2x2", f"out={tmp_path}/out"),
+        ],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    tree = json.loads((tmp_path / "out" / "plan-v5p-2x2x2.json").read_text())
+    assert tree["fits"] and tree["distill_memory"]["compiled"]
+    held = 16 * tree["budget"]["params_after"] / 8  # parameters, two moments, a gradient
+    assert held < tree["distill_memory"]["peak"] < 95 * 2**30
