@@ -1,0 +1,440 @@
+"""Every operation of a run on four meshes of eight devices against one device, in float32.
+
+What differs is the order of float32 sums, a relative 1e-7 an addition. Tolerances: 1e-4 for losses
+and figures, which are sums of a few hundred terms that cancel in part; 2e-4 of the greatest entry
+for gradients. Masks drawn, tokens decoded, files written and arrays restored are the same.
+
+Every kind of step runs on every mesh; what differs between estimators, or between the losses of
+stage 2, takes turns, since compiling is all that these tests cost.
+"""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from e3jax import config, mesh
+from e3jax.distill import distill, losses
+from e3jax.evaluate.figures import make_figures
+from e3jax.hf import export, load
+from e3jax.models import decoder
+from e3jax.models.generate import generate, make_greedy
+from e3jax.search import gumbel, search, selectors
+from e3jax.training.checkpoint import abstract, open_checkpoints
+from e3jax.training.optim import make_optimizer
+from training_tiny import CFG, assert_bitwise, random_batch, recipe, set_mesh
+
+MODELS = {
+    "even": CFG,
+    # Over model=4 the groups are sharded for 2 heads, mlp and vocabulary replicated; over model=2
+    # the vocabulary is.
+    "odd": dataclasses.replace(
+        CFG, family="qwen2", num_kv_heads=2, mlp_width=50, vocab_size=97, tied=False, qk_norm=False,
+        qkv_bias=True,
+    ),
+}  # fmt: skip
+MESHES = [(1, 8, 1), (1, 4, 2), (1, 2, 4), (2, 2, 2)]
+KEEP = (0, 2, 3)
+FREE = np.zeros(CFG.num_layers, bool)
+THETA = np.array([0.3, -0.2, 0.5, 0.0], np.float32)
+OPTIONS = {"dtype": jnp.float32, "chunk": 32}
+K = 5
+
+BY_NAME = {"x".join(map(str, sizes)): sizes for sizes in MESHES}
+everywhere = pytest.mark.parametrize("sizes", MESHES, ids=BY_NAME)
+
+
+def cases(text):
+    """Parametrises by lines of `mesh model case`."""
+    lines = [line.split() for line in text.strip().splitlines()]
+    values = [(BY_NAME[m], *rest) for m, *rest in lines]
+    names = ("sizes", "name", "case")[: len(lines[0])]
+    return pytest.mark.parametrize(names, values, ids=map("-".join, lines))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_fast():
+    """What XLA does to an operation after it is placed halves the time of these tests."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def numbers(name, keep=None):
+    """Random numpy weights with which every layer matters; no bias is zero."""
+    cfg, rng = MODELS[name], np.random.default_rng(0)
+    draw = lambda path, leaf: (
+        0.2 * rng.normal(size=leaf.shape) + ("norm" in str(path[-1]))
+    ).astype(np.float32)
+    params = jax.tree_util.tree_map_with_path(draw, decoder.abstract_params(cfg))
+    return params if keep is None else jax.device_get(decoder.take_layers(params, keep))
+
+
+def placed(name, keep=None):
+    """The weights where the table of partition specs puts them under the mesh that is set."""
+    cfg = MODELS[name] if keep is None else MODELS[name].take_layers(keep)
+    shardings = jax.tree.map(lambda s: s.sharding, decoder.abstract_params(cfg))
+    return jax.tree.map(jax.device_put, numbers(name, keep), shardings)
+
+
+def close(found, want, rtol=1e-4, atol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), found, want)
+
+
+def close_gradients(found, want):
+    for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(want), strict=True):
+        name, size = jax.tree_util.keystr(path), np.abs(b).max()
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-4 * size + 1e-7, err_msg=name)
+
+
+def same_as_one_device(compute, check):
+    """Runs `compute` on one device (once) and on the mesh: `check(found, want)`."""
+
+    @functools.cache
+    def on(sizes, *case):
+        with set_mesh(*sizes):
+            return jax.device_get(compute(*case))
+
+    return lambda sizes, *case: check(on(sizes, *case), on((1, 1, 1), *case))
+
+
+# ---------------------------------------------------------------- stage 1
+
+
+SEARCHES = {
+    "mixed": {"estimator": "mixed"},
+    "score": {"estimator": "score", "loss": "ce"},
+    "straight-through": {"estimator": "straight_through", "masks": "batch", "relaxation": "khot"},
+}
+
+
+def search_step(name, estimator):
+    changes = SEARCHES[estimator]
+    spec = config.Search(keep=2, steps=10, batch=8, curriculum=0.0, tau=(1.0, 0.5), **changes)
+    step = search.make_search_step(MODELS[name], spec, seed=0, remat="none", **OPTIONS)
+    state = mesh.replicate(search.init_state(jnp.asarray(THETA), spec))
+    state, metrics = step(state, placed(name), mesh.shard_batch(random_batch(0)))
+    return {"gradient": state.opt_state[0].mu * 10, "theta": state.theta}, metrics
+
+
+def check_search(found, want):
+    # The estimators standardise differences of losses, which loses a digit or two.
+    close(found, want, rtol=2e-3, atol=2e-4)
+    assert np.abs(want[0]["gradient"]).max() > 0.1
+
+
+search_is_the_same = same_as_one_device(search_step, check_search)
+
+
+@cases("""
+1x8x1 odd mixed
+1x4x2 odd mixed
+1x2x4 odd mixed
+2x2x2 odd mixed
+1x2x4 even mixed
+1x8x1 odd score
+1x2x4 even score
+1x4x2 even straight-through
+2x2x2 odd straight-through
+""")
+def test_search_step(sizes, name, case):
+    search_is_the_same(sizes, name, case)
+
+
+@everywhere
+def test_masks_drawn(sizes):
+    draw = lambda: gumbel.sample(jax.random.key(0), jnp.asarray(THETA), 2, 64, FREE, FREE).keep
+    want = np.asarray(draw())
+    with set_mesh(*sizes):
+        spread = lambda: jax.sharding.reshard(draw(), mesh.spec(("batch", None)))
+        np.testing.assert_array_equal(jax.jit(spread)(), want)
+    assert len(np.unique(want, axis=0)) == 6  # all pairs of four layers
+
+
+# ---------------------------------------------------------------- figures and scores
+
+
+def scores(name):
+    cfg, params, batches = MODELS[name], placed(name), [random_batch(0)]
+    figures = make_figures(cfg, cfg, **OPTIONS)
+    found = {"figures": dataclasses.asdict(figures(params, params, batches, KEEP))}
+    if name == "odd":
+        found["importance"] = selectors.leave_one_out_kl(params, cfg, batches, **OPTIONS)
+        influence, spent = selectors.block_influence(params, cfg, batches, dtype=jnp.float32)
+        found["influence"] = influence + 1, spent  # it is 1 - cosine
+    return found
+
+
+scores_are_the_same = same_as_one_device(scores, close)
+
+
+@cases("""
+1x8x1 odd
+1x4x2 odd
+1x2x4 odd
+2x2x2 odd
+1x2x4 even
+""")
+def test_held_out_figures_importance_and_influence(sizes, name):
+    scores_are_the_same(sizes, name)
+
+
+# ---------------------------------------------------------------- stage 2
+
+
+RECIPES = {
+    "online": {"weight": "joint", "microbatch": 8},
+    "stored": {"teacher": "cache", "top_k": K, "weight": "student", "temperature": 2.0, "ce": 0.1},
+    "plain": {"teacher": "none", "weight": "uniform", "ce": 1.0},
+}
+
+
+@functools.cache
+def topk(name):
+    """(ids, log-probabilities, entropy, log-normaliser) on one device: a cache's row."""
+    with set_mesh():
+        return jax.device_get(teacher_topk(name))
+
+
+def teacher_topk(name):
+    @jax.jit
+    def run(params, batch):
+        h = decoder.hidden(params, batch, MODELS[name], dtype=jnp.float32, remat="none")
+        return losses.teacher_topk(h, decoder.head(params, MODELS[name]), K, 2.0, 32)
+
+    return run(placed(name), mesh.shard_batch(random_batch(0, rows=16)))
+
+
+def train_step(name, kind):
+    cfg, spec = MODELS[name], recipe(batch=16, **RECIPES[kind])
+    optimizer = make_optimizer(spec.optimizer, spec.steps)
+    step = distill.make_train_step(
+        cfg.take_layers(KEEP), spec, optimizer, teacher_cfg=cfg, dtype=jnp.float32, remat="none"
+    )
+    state = distill.init_state(placed(name, KEEP), optimizer, 2.0)
+    teacher = placed(name) if spec.teacher == "online" else None
+    stored = mesh.shard_batch(losses.TopK(*topk(name)[:3])) if spec.teacher == "cache" else None
+    wanted = jax.tree.map(lambda s: s.sharding.spec, decoder.abstract_params(cfg))
+    state, metrics = step(state, teacher, mesh.shard_batch(random_batch(0, rows=16)), stored)
+    for tree in (state.params, state.opt_state[1][0].mu, state.opt_state[1][0].nu):
+        assert jax.tree.map(lambda w: w.sharding.spec, tree) == wanted
+    # Adam's first moment is a tenth of the clipped gradient.
+    return state.opt_state[1][0].mu, metrics
+
+
+def check_train(found, want):
+    close_gradients(found[0], want[0])
+    close(found[1], want[1])
+    assert want[1]["loss"] > 0.05
+
+
+train_is_the_same = same_as_one_device(train_step, check_train)
+
+
+@cases("""
+1x8x1 odd online
+1x4x2 odd online
+1x2x4 odd online
+2x2x2 odd online
+1x2x4 even online
+1x8x1 even stored
+1x4x2 even stored
+1x2x4 odd stored
+2x2x2 even stored
+1x8x1 odd plain
+1x4x2 even plain
+1x2x4 even plain
+2x2x2 odd plain
+""")
+def test_train_step(sizes, name, case):
+    train_is_the_same(sizes, name, case)
+
+
+@everywhere
+def test_teacher_topk(sizes):
+    want = topk("odd")
+    with set_mesh(*sizes):
+        found = jax.device_get(teacher_topk("odd"))
+    np.testing.assert_array_equal(found[0], want[0])
+    close(found[1:], want[1:], atol=1e-4)
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def answers(name):
+    greedy = make_greedy(MODELS[name], dtype=jnp.float32, max_new_tokens=12, eos=[7])
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(8, 64, length).tolist() for length in (5, 9, 1, 12, 7, 3, 15, 2)]
+    return list(generate(greedy, placed(name), prompts, 8))
+
+
+def check_answers(found, want):
+    assert found == want and len({token for answer in want for token in answer}) > 8
+
+
+answers_are_the_same = same_as_one_device(answers, check_answers)
+
+
+@cases("""
+1x8x1 odd
+1x4x2 odd
+1x2x4 odd
+2x2x2 odd
+1x2x4 even
+""")
+def test_greedy_answers(sizes, name):
+    answers_are_the_same(sizes, name)
+
+
+# ---------------------------------------------------------------- in and out
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """An export from one device, of several shards."""
+    folder = tmp_path_factory.mktemp("one")
+    with set_mesh():
+        return write(folder)
+
+
+def write(folder):
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    return export.export_new(
+        placed("odd"),
+        MODELS["odd"],
+        folder / "tokenizer",
+        folder / "out",
+        card="",
+        shard_bytes=30_000,
+    )
+
+
+@everywhere
+def test_export_and_load(written, tmp_path, sizes):
+    with set_mesh(*sizes):
+        found = write(tmp_path)
+        params = load.load_params(written)
+        specs = decoder.param_specs(MODELS["odd"])
+        assert jax.tree.map(lambda w: w.sharding.spec, params) == specs
+    files = {path.name: path.read_bytes() for path in written.iterdir()}
+    assert {path.name: path.read_bytes() for path in found.iterdir()} == files and len(files) > 4
+    assert_bitwise(params, numbers("odd"))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint of the state of stage 2 from the mesh 4x2."""
+    folder = tmp_path_factory.mktemp("saved")
+    with set_mesh(1, 4, 2):
+        state = start()
+        with open_checkpoints(folder, {}) as checkpoints:
+            checkpoints.save(3, state)
+        return folder, jax.device_get(state)
+
+
+def start():
+    optimizer = make_optimizer(recipe().optimizer, 6)
+    return distill.init_state(placed("odd"), optimizer, 2.0)
+
+
+@pytest.mark.parametrize("sizes", [*MESHES, (1, 1, 1)], ids=str)
+def test_restore_onto_another_mesh(saved, sizes):
+    folder, want = saved
+    with set_mesh(*sizes):
+        wanted = abstract(start())
+        with open_checkpoints(folder, {}) as checkpoints:
+            step, state = checkpoints.restore(wanted)
+        assert step == 3
+        for x, like in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+            assert x.sharding == like.sharding
+    assert_bitwise(jax.device_get(state), want)
+
+
+@everywhere
+def test_init(sizes):
+    """The same draws; XLA's erfinv differs in its last bit with the shape of a shard."""
+    want = first_params()
+    with set_mesh(*sizes):
+        found = decoder.init_params(jax.random.key(3), MODELS["odd"])
+    close(found, want, rtol=0, atol=1e-8)
+
+
+@functools.cache
+def first_params():
+    with set_mesh():
+        return jax.device_get(decoder.init_params(jax.random.key(3), MODELS["odd"]))
+
+
+# ---------------------------------------------------------------- what is sent
+
+
+def collectives(hlo):
+    """(in a loop, operation, dtype, shape) of every array that the devices exchange."""
+    inside = True
+    for line in hlo.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            inside = not line.startswith("ENTRY")
+        found = re.search(r"= (.*) (all-gather|all-reduce|reduce-scatter|all-to-all)\(", line)
+        if found:
+            for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", found[1]):
+                yield inside, found[2], dtype, tuple(int(n) for n in sizes.split(",") if n)
+
+
+def test_weights_are_gathered_a_layer_at_a_time_and_the_head_once():
+    """FSDP on 4x2, read from the compiled step: two layers of a stack are never together, no loop
+    over chunks gathers the head or reduces its gradient, logits go nowhere."""
+    cfg = dataclasses.replace(CFG, mlp_width=2 * 23, vocab_size=2 * 89, tied=False, qk_norm=False)
+    spec = recipe(batch=8)
+    optimizer = make_optimizer(spec.optimizer, spec.steps)
+    step = distill.make_train_step(
+        cfg, spec, optimizer, teacher_cfg=cfg, dtype=jnp.float32, remat="layer"
+    )
+    with set_mesh(1, 4, 2):
+        params = decoder.init_params(jax.random.key(0), cfg)
+        state = distill.init_state(params, optimizer, 2.0)
+        args = state, params, mesh.shard_batch(random_batch(0)), None
+        sent = list(collectives(step.lower(*args).compile().as_text()))
+    gathered = {True: [], False: []}
+    for inside, operation, dtype, shape in sent:
+        if operation == "all-gather" and dtype == "f32":
+            gathered[inside].append(shape)
+    size, head = cfg.width, (cfg.width, 89)
+    layers = {"q": (size, 2, 2, 8), "k": (size, 2, 8), "o": (2, 2, 8, size)}
+    layers |= {"up": (size, 23), "down": (23, size)}
+    assert set(gathered[True]) == set(layers.values())
+    assert gathered[False] == [head, head]  # the student's and the teacher's
+    by_vocabulary = [(inside, op, shape) for inside, op, _, shape in sent if 89 in shape]
+    assert by_vocabulary.count((False, "all-gather", head)) == 2
+    rest = [entry for entry in by_vocabulary if entry[1] != "all-gather"]
+    assert [entry[:2] for entry in rest] == [(False, "all-reduce")] and set(rest[0][2]) == set(head)
+
+
+def test_what_the_mesh_does_not_divide_is_said():
+    cfg = dataclasses.replace(MODELS["odd"], mlp_width=48)
+    with set_mesh(1, 2, 4):
+        assert decoder.param_specs(cfg)["layers"]["q"][2:4] == (None, "model")
+        lines = decoder.replicated(cfg, "bfloat16")
+    assert [line.split(" (")[0] for line in lines] == [
+        "mesh.model=4 does not divide vocab=97; replicated over it: embed, head",
+        "mesh.model=4 does not divide heads=2; replicated over it: k, k_bias, v, v_bias",
+    ]
+    held = 2 * 97 * cfg.width * 2 / 2 / 1e9  # two matrices, bfloat16, over data=2
+    assert f"{held:.3g} GB a device instead of {held / 4:.3g}" in lines[0]
+    three = dataclasses.replace(cfg, num_heads=6, vocab_size=96, qkv_bias=False)
+    with set_mesh(1, 2, 4):
+        lines = decoder.replicated(three, "bfloat16")
+    assert [line.split(" (")[0] for line in lines] == [
+        "mesh.model=4 does not divide heads=2; replicated over it: k, v",
+        "mesh.model=4 does not divide heads=2, groups=3; replicated over it: o, q",
+    ]
+    for sizes in [(1, 4, 2), (1, 1, 1)]:
+        with set_mesh(*sizes):
+            assert not decoder.replicated(MODELS["even"], "float32")
+    assert not decoder.replicated(cfg, "float32")
