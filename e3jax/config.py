@@ -211,9 +211,7 @@ class Distill:
     tail: Literal["renormalise", "drop", "bucket"] = Field(
         default="bucket", description="what stands for the outcomes beyond top_k"
     )
-    chunk: int = Field(
-        default=2048, ge=1, description="tokens whose logits a device holds at a time"
-    )
+    chunk: int = Field(default=2048, ge=1, description="tokens of a device whose logits exist")
     evaluate_every: int = Field(default=100, ge=1, description="steps between held-out figures")
     checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
     patience: int = Field(
