@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from e3jax import mesh
-from e3jax.models import splash
+from e3jax.models import recompute, splash
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 AttendOfKind = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -23,14 +23,23 @@ def make_attention(
 ) -> AttendOfKind:
     """A (kind, q [B, T, K, G, H], k and v [B, T, K, H]) -> [B, T, K, G, H]: rows see themselves.
 
-    kind: int32 scalar, which of the distinct `windows` the layer has. On a mesh of TPUs the splash
-    kernel, one for each window; else dense masks, made here once for all layers.
+    kind: int32 scalar, which of the distinct `windows` the layer has.
     """
     if mesh.platform() == "tpu" and splash.suits(segments_bt.shape[1], head_dim):
-        kernels = [splash.make_attention(segments_bt, window) for window in windows]
-        return lambda kind, q, k, v: jax.lax.switch(kind, kernels, q, k, v)
+        return by_kernel(segments_bt, windows)
+    return by_mask(segments_bt, windows)
+
+
+def by_kernel(segments_bt: jax.Array, windows: Sequence[int | None]) -> AttendOfKind:
+    """Splash attention, a kernel for each window: nothing of [T, T] is built."""
+    kernels = [splash.make_attention(segments_bt, window) for window in windows]
+    return lambda kind, q, k, v: jax.lax.switch(kind, kernels, q, k, v)
+
+
+def by_mask(segments_bt: jax.Array, windows: Sequence[int | None]) -> AttendOfKind:
+    """Plain XLA with dense masks [B, T, T], made here once for all layers."""
     masks = [causal_mask(segments_bt, window) for window in windows]
-    return lambda kind, q, k, v: attend(q, k, v, select_mask(kind, masks))
+    return lambda kind, q, k, v: recompute.keep(attend(q, k, v, select_mask(kind, masks)))
 
 
 def causal_mask(

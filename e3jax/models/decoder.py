@@ -194,11 +194,12 @@ def attention(
         q, k, v = (
             y + w[f"{n}_bias"].astype(y.dtype) for n, y in zip("qkv", (q, k, v), strict=True)
         )
+    q, k, v = map(recompute.keep, (q, k, v))  # before the norm, whose backward asks for its input
     if cfg.qk_norm:
         q = rms_norm(q, w["q_norm"], cfg.norm_eps)
         k = rms_norm(k, w["k_norm"], cfg.norm_eps)
     q, k = rope.rotate(q, cos_sin), rope.rotate(k, cos_sin)
-    y = attend(*map(recompute.keep, (q, k, v)))
+    y = attend(q, k, v)
     y = _project("btkgh,kghd->btd", y, w["o"], ("batch", None, None))
     return y + w["o_bias"].astype(y.dtype) if cfg.out_bias else y
 
@@ -223,8 +224,8 @@ def layer(
 ) -> jax.Array:
     """One decoder layer, residual stream in and out; `w` has no layer axis."""
     x = rms_norm(h_btd, w["attn_norm"], cfg.norm_eps)
-    h_btd = h_btd + attention(w, x, cos_sin, attend, cfg)
-    return h_btd + mlp(w, rms_norm(h_btd, w["mlp_norm"], cfg.norm_eps), cfg)
+    h_btd = recompute.keep(h_btd + attention(w, x, cos_sin, attend, cfg))
+    return recompute.keep(h_btd + mlp(w, rms_norm(h_btd, w["mlp_norm"], cfg.norm_eps), cfg))
 
 
 def embed(params: Params, tokens: jax.Array, dtype: Any) -> jax.Array:
@@ -255,7 +256,8 @@ def hidden(
     gates_bl: float32 [B, L] of 0 and 1, a mask a row; a gate of 0 skips the layer exactly, and the
       gradient reaches every gate (see gate.py).
     layer_ids: int32 [K]: run only these layers, in this order, without copying their weights.
-    remat: "layer" recomputes each layer in backward from its input; "none" keeps everything.
+    remat: what backward recomputes, see recompute.py: "layer" each layer from its input, "none"
+      nothing, "selective" what is cheap for the memory it would take.
     observe: statistics of (residual stream into, out of) each layer; then the result is a pair
       (hidden states, statistics stacked on axis 0). Layer outputs are before the final norm.
     """

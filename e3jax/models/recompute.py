@@ -1,4 +1,18 @@
-"""What backward keeps of a layer and what it computes again."""
+"""What backward keeps of a layer and what it computes again.
+
+`selective` keeps what saves most work a byte. A layer of Qwen3-32B in bfloat16 (D 5120, N H 8192,
+K H 1024, F 25600; forward 1042 MFLOP a token on rows of 4096 tokens):
+
+    array                          KB a token   FLOPs saved a byte
+    layer's output                     10        F = 25600   used by the gates of the search only
+    stream after attention             10        N H = 8192
+    attention's output                 16        T = 4096    at half a matrix product's speed
+    q, k, v before norm and rope       20        D = 5120
+    gate and up of the mlp            100        D = 5120    not kept: half of all there is to keep
+
+Beside each layer's input (10 KB) it keeps 46 KB, 36 of them divided by the model axis, and computes
+again the 524 MFLOP of gate and up, where `layer` does 780; in the search 56 KB, and 524 for 1042.
+"""
 
 from collections.abc import Callable
 from typing import Literal
