@@ -48,7 +48,8 @@ def read_mask(path: pathlib.Path, num_layers: int) -> Mask:
     if not keep or sorted(set(keep)) != keep or not 0 <= keep[0] <= keep[-1] < depth:
         raise UserError(f"{path}: keep is {keep}; expected ascending numbers from 0 to {depth - 1}")
     name = fields.get("selector")
-    selector = SELECTORS.get(name, f"the selector {name}" if name else "a mask of unknown origin")
+    selector = "a mask of unknown origin" if name is None else f"the selector {name}"
+    selector = SELECTORS.get(str(name), selector)
     return Mask(tuple(keep), depth, found_on if isinstance(found_on, str) else None, selector)
 
 
