@@ -372,7 +372,8 @@ run, topology = configure.load_run("llama2-7b"), chips.parse("v5p:2x2x1")
 cli._prepare_jax(run, topology)
 path = hub.resolve_config(run.model.path)
 with jax.set_mesh(compile.open_mesh(topology, run.mesh)):
-    memory = compile.train_step(run, families.read_config(path), folders.planned_dtype(path), topology)
+    facts = families.read_config(path), folders.planned_dtype(path)
+    memory = compile.train_step(run, *facts, topology)
 print(json.dumps([memory.peak, memory.compiled, memory.fits]))
 """
 
