@@ -138,7 +138,7 @@ def _handle(*_: object) -> None:
 
 
 def _unraisable(otherwise: Callable[[Any], Any], lost: Any) -> None:
-    """Notes a SystemExit of `_handle` that a destructor or a collector's callback swallowed."""
+    """Notes that a destructor or a callback of the collector swallowed the SystemExit."""
     if issubclass(lost.exc_type, SystemExit) and told():
         _lost.set()
     else:

@@ -29,17 +29,19 @@ def teacher_cache(job_: Job) -> TeacherCache:
     seed = job.data_seed(job_.run, "distill")
     used = batches.used_windows(len(job_.train), rows, seed, recipe.steps)
     facts = (place, job_.train, recipe.top_k, recipe.temperature, job_.identity, used)
+    made = None
 
     def ready() -> bool:
+        nonlocal made
         try:
             open_cache(*facts)
             return True
         except UserError:
-            TeacherCache.create(*facts)  # one makes the files, all open them
+            made = TeacherCache.create(*facts)  # one makes the files, all open them
             return False
 
     if not processes.from_first(ready):
-        _fill(job_, TeacherCache.create(*facts))
+        _fill(job_, made or TeacherCache.create(*facts))
     return open_cache(*facts)
 
 
