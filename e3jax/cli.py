@@ -268,7 +268,7 @@ def _prepare_jax(run: config.Run, planned: chips.Topology | None = None) -> None
     """Process-wide settings, before anything touches a device, or for a plan instead of any."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    flags = [os.environ.get("XLA_FLAGS", "")]
+    flags = []
     if run.deterministic:
         flags.append("--xla_gpu_deterministic_ops=true")
     if planned is not None:
@@ -277,7 +277,8 @@ def _prepare_jax(run: config.Run, planned: chips.Topology | None = None) -> None
             os.environ.update(AHEAD_OF_TIME)
         else:
             flags.append(f"--xla_force_host_platform_device_count={planned.devices}")
-    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+    if flags:
+        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
     import jax
 
     jax.config.update("jax_threefry_partitionable", True)

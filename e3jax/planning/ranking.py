@@ -148,7 +148,7 @@ def search_mesh(
     tried = tried or sorted(ranked, key=lambda c: c.memory)[:COMPILED]
     say(f"{len(ranked)} choices, {sum(c.memory <= room for c in ranked)} of them estimated to fit")
 
-    def measure(choice: Choice) -> Choice:
+    def measure(choice: Choice) -> tuple[compile.Memory, Choice]:
         changed = choice.apply(run)
         with jax.set_mesh(compile.open_mesh(topology, changed.mesh)):
             memory = compile.train_step(changed, cfg, source_dtype, topology)
@@ -157,10 +157,9 @@ def search_mesh(
             f"{choice.overrides}: {memory.peak / 2**30:.1f} GiB (estimated "
             f"{choice.memory / 2**30:.1f}), {verdict}, compiled in {memory.seconds:.0f} s"
         )
-        return dataclasses.replace(choice, compiled=memory)
+        return memory, dataclasses.replace(choice, compiled=memory)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         measured = list(pool.map(measure, tried))
-    compiled = [(c, c.compiled) for c in measured if c.compiled is not None]
-    fitting = [choice for choice, memory in compiled if memory.fits]
-    return fitting[0] if fitting else min(compiled, key=lambda pair: pair[1].peak)[0]
+    fitting = [choice for memory, choice in measured if memory.fits]
+    return fitting[0] if fitting else min(measured, key=lambda pair: pair[0].peak)[1]
