@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from e3jax.hf import reading
 from e3jax.hf.families import read_config
@@ -94,8 +94,8 @@ def load_params(
 
 def _fills_host_memory() -> bool:
     """Whether the arrays' memory is the host's, so that it need not be written twice."""
-    mesh = jax.sharding.get_mesh()
-    devices = [jax.devices()[0]] if mesh.empty else mesh.devices.flat
+    found = jax.sharding.get_mesh()
+    devices = [jax.devices()[0]] if found.empty else found.devices.flat
     return all(device.platform == "cpu" for device in devices)
 
 
@@ -105,9 +105,7 @@ def _sharding(leaf: jax.ShapeDtypeStruct) -> Sharding:
 
 def _row(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """One layer's place in a stacked leaf; the layers are never sharded."""
-    place = leaf.sharding
-    if isinstance(place, NamedSharding):
-        place = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+    place: Any = None if leaf.sharding is None else mesh.one_layer(leaf.sharding)
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=place)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
 
 from e3jax import config, job, mesh
 from e3jax.errors import UserError
@@ -77,7 +76,7 @@ def _meshes(cfg: ModelConfig, topology: Topology) -> Iterator[cost.Mesh]:
     a_slice = topology.devices // topology.slices
     model = 1
     while model <= min(LARGEST_MODEL, a_slice):
-        if a_slice % model == 0 and cfg.num_kv_heads % model == 0:
+        if a_slice % model == 0 and 0 in (cfg.num_kv_heads % model, cfg.num_groups % model):
             yield cost.Mesh(topology.slices, a_slice // model, model)
         model *= 2
 
@@ -113,9 +112,7 @@ def estimate(
     parts. Within 1.5 of the compiler's (tests/test_planning.py)."""
     recipe, time = run.distill, run.data.window
     student = cfg.take_layers(range(resolve_keep(run.search.keep, cfg.num_layers)))
-    shape = (sizes.replica, sizes.data, sizes.model)
-    types = AbstractMesh(shape, mesh.AXES, axis_types=(AxisType.Explicit,) * 3)
-    with jax.sharding.use_abstract_mesh(types):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh(sizes.replica, sizes.data, sizes.model)):
         wide = compile.local_bytes(decoder.abstract_params(student))
         dense = compile.local_bytes(decoder.abstract_params(cfg, jnp.dtype(source_dtype)))
         start = compile.local_bytes(decoder.abstract_params(student, jnp.dtype(source_dtype)))
@@ -130,7 +127,7 @@ def estimate(
     per_layer = decoder.count_params(cfg.take_layers([0])) - decoder.count_params(
         cfg.take_layers([])
     )
-    gathered = 2 * size * per_layer / model + 3 * size * cfg.width * cfg.vocab_size / model
+    gathered = 2 * size * per_layer / model + 4 * size * cfg.width * cfg.vocab_size / model
     if not topology.is_tpu:  # scores of every query and key
         layer += rows * cfg.num_heads / model * time**2 * 12
     kept = cost.activation_bytes(run, student, rows, model)
