@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 
-from e3jax import __version__, config
+from e3jax import __version__, config, configure
 from e3jax.errors import Diverged, UserError
 from e3jax.planning import chips
 
@@ -82,7 +82,7 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what the user can put right
 def _keys(sections: Sequence[str]) -> str:
     lines = [
         f"  {key:<30} {text}"
-        for key, text in config.known_keys().items()
+        for key, text in configure.known_keys().items()
         if key.split(".")[0] in sections
     ]
     return "keys of the configuration, each settable as key=value:\n" + "\n".join(lines)
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     several, code = _several(options), 0
     with contextlib.ExitStack() as stack:
         try:
-            run = config.load_run(options.config, options.overrides)
+            run = configure.load_run(options.config, options.overrides)
             if options.from_mask is not None:
                 from e3jax import from_mask  # which does without jax
 

@@ -1,21 +1,13 @@
-"""The configuration of a run: frozen, typed, strict. An unknown key or bad value is an error.
+"""The configuration of a run: frozen dataclasses whose fields carry their own help text.
 
-Every field carries its own help text, so `--help`, validation and the code share one source.
+`--help`, validation (configure.py) and the code share this one source.
 """
 
-import dataclasses
-import difflib
-import pathlib
 import re
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
+from typing import Annotated, Literal, TypeVar, cast, dataclass_transform
 
 import pydantic
-import yaml
 from pydantic import Field
-
-from e3jax import files
-from e3jax.errors import UserError
 
 T = TypeVar("T")
 
@@ -291,109 +283,3 @@ class Run:
     train: Train = Field(default=Train(), description="plain training (the `train` command)")
     export: Export = Field(default=Export(), description="safetensors out")
     evaluate: Evaluate = Field(default=Evaluate(), description="figures")
-
-
-def load_run(path: str | pathlib.Path | None, overrides: Sequence[str] = ()) -> Run:
-    """Reads a YAML file or none, applies `key.path=value` overrides (also YAML), validates.
-
-    A file that is not here, or a bare name such as `demo`, means one of the bundled configurations.
-    Raises UserError naming the file, key and value; an unknown key with the nearest known one.
-    """
-    where = "the command line" if path is None else str(_find(str(path)))
-    try:
-        tree = yaml.safe_load(pathlib.Path(where).read_text("utf-8") if path else "") or {}
-    except OSError as error:
-        raise UserError(f"{where}: cannot read the configuration: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{where}: expected keys and values, found {type(tree).__name__}")
-    for text in overrides:
-        _override(tree, text)
-    return validate(tree, where)
-
-
-def _find(path: str) -> pathlib.Path:
-    name = pathlib.Path(path)
-    if not name.is_file() and name.suffix not in (".yaml", ".yml") and len(name.parts) == 1:
-        path = f"configs/{path}.yaml"
-    return files.bundled(path)
-
-
-def _override(tree: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {text!r}: expected key=value, such as search.keep=24")
-    *parents, last = key.split(".")
-    place: Any = tree
-    for name in parents:
-        if isinstance(place, dict):
-            place.setdefault(name, {})
-        place = _child(place, name, text)
-    if isinstance(place, list):
-        _child(place, last, text)
-    elif not isinstance(place, dict):
-        raise UserError(f"override {text!r}: {'.'.join(parents)} is a value, not a section")
-    index: Any = int(last) if isinstance(place, list) else last
-    try:
-        place[index] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {text!r}: the value is not valid YAML") from error
-
-
-def _child(place: Any, name: str, text: str) -> Any:
-    """One step down a dotted key; lists are entered by number, as in data.train.0.path."""
-    if isinstance(place, dict):
-        return place[name]
-    if isinstance(place, list) and name.isdigit() and int(name) < len(place):
-        return place[int(name)]
-    raise UserError(f"override {text!r}: there is nothing at {name}")
-
-
-def validate(tree: dict[str, Any], where: str) -> Run:
-    """A nested dict -> Run. Raises UserError listing every wrong key and value."""
-    try:
-        return pydantic.TypeAdapter(Run).validate_python(tree)
-    except pydantic.ValidationError as error:
-        lines = [_explain(e) for e in error.errors()]
-        head = f"{where}: {len(lines)} mistake(s) in the configuration"
-        raise UserError("\n".join([head, *lines])) from error
-
-
-def _explain(error: Any) -> str:
-    place = [p for p in error["loc"] if p not in ("int", "float", "str", "none")]
-    key = ".".join(str(p) for p in place)
-    if error["type"] == "unexpected_keyword_argument":
-        general = ".".join(str(p) for p in place if not isinstance(p, int))
-        known = {".".join(key.split(".")[: general.count(".") + 1]) for key in known_keys()}
-        known |= known_keys().keys()
-        near = difflib.get_close_matches(general, known, 1, 0.5)
-        return f"  {key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
-    if error["type"] in ("missing", "missing_argument"):
-        return f"  {key}: required and missing"
-    found = "" if isinstance(error["input"], dict) else f" (found {error['input']!r})"
-    return f"  {key}: {error['msg'].removeprefix('Value error, ')}{found}"
-
-
-def known_keys(cls: Any = Run, prefix: str = "") -> dict[str, str]:
-    """Every dotted key of the configuration with its help text."""
-    keys = {}
-    for field in dataclasses.fields(cls):
-        name = prefix + field.name
-        section = _section(field.type)
-        if section is not None:
-            keys |= known_keys(section, name + ".")
-        else:
-            keys[name] = field.default.description or ""
-    return keys
-
-
-def _section(annotation: Any) -> Any:
-    """The dataclass inside X or tuple[X, ...], or None."""
-    candidates = (annotation, *getattr(annotation, "__args__", ()))
-    return next((c for c in candidates if dataclasses.is_dataclass(c)), None)
-
-
-def as_dict(run: Run) -> dict[str, Any]:
-    """Plain JSON-able form of a configuration."""
-    return pydantic.TypeAdapter(Run).dump_python(run, mode="json")

@@ -15,6 +15,11 @@ from e3jax.hf.families import read_json
 
 log = logging.getLogger(__name__)
 
+SELECTORS = {
+    "e3": "E3-Pruner's differentiable mask search",
+    "shortgpt": "ShortGPT's block influence",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
@@ -23,6 +28,7 @@ class Mask:
     keep: tuple[int, ...]  # ascending, counted from 0
     num_layers: int  # of the dense model
     checkpoint: str | None  # hash of the dense checkpoint that it was found on; None = not told
+    selector: str  # what chose the layers, in words
 
 
 def read_mask(path: pathlib.Path, num_layers: int) -> Mask:
@@ -41,7 +47,10 @@ def read_mask(path: pathlib.Path, num_layers: int) -> Mask:
         raise UserError(f"{path}: a mask of {depth} layers, and the model has {num_layers}")
     if not keep or sorted(set(keep)) != keep or not 0 <= keep[0] <= keep[-1] < depth:
         raise UserError(f"{path}: keep is {keep}; expected ascending numbers from 0 to {depth - 1}")
-    return Mask(tuple(keep), depth, found_on if isinstance(found_on, str) else None)
+    name = fields.get("selector")
+    selector = "a mask of unknown origin" if name is None else f"the selector {name}"
+    selector = SELECTORS.get(str(name), selector)
+    return Mask(tuple(keep), depth, found_on if isinstance(found_on, str) else None, selector)
 
 
 def export(run: config.Run, mask_path: str, *, dry_run: bool = False) -> None:
@@ -87,6 +96,7 @@ def export(run: config.Run, mask_path: str, *, dry_run: bool = False) -> None:
         keep=mask.keep,
         num_layers=mask.num_layers,
         recovered=False,
+        chosen_by=mask.selector,
     )
     record = {"model": identity, "keep": mask.keep, "num_layers": mask.num_layers}
     record |= {"mask_found_on": mask.checkpoint, "recovered": None}

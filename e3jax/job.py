@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e3jax import config, files, mesh, processes
+from e3jax import config, configure, files, mesh, processes
 from e3jax.data import batches as data_batches
 from e3jax.data import text
 from e3jax.data.windows import Windows
@@ -170,7 +170,7 @@ def claim_folder(run: config.Run) -> Iterator[pathlib.Path]:
             lock = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             # The kernel lets go of it when the process ends, however it ends.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            files.write_json(mark, config.as_dict(run))
+            files.write_json(mark, configure.as_dict(run))
         except BlockingIOError:
             who = (out / LOCK).read_text() or "an unknown process"
             raise UserError(

@@ -71,12 +71,22 @@ def make_mesh(
     return jax.sharding.Mesh(grid, AXES, axis_types=types)
 
 
+<<<<<<< HEAD
 def abstract_mesh(replica: int, data: int, model: int) -> AbstractMesh:
     """Such a mesh without devices, for types alone."""
     return AbstractMesh((replica, data, model), AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
 def current() -> AbstractMesh | None:
+=======
+def abstract_mesh(replica: int, data: int, model: int) -> jax.sharding.AbstractMesh:
+    """A mesh of types alone, for `jax.sharding.use_abstract_mesh`: shapes a device, no devices."""
+    sizes = (replica, data, model)
+    return jax.sharding.AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def current() -> jax.sharding.AbstractMesh | None:
+>>>>>>> main
     """The mesh set by `jax.set_mesh`, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
@@ -167,6 +177,14 @@ def gather(weight: jax.Array, axes: Sequence[str | None]) -> jax.Array:
         return weight
     whole = spec([None if a == "embed" else a for a in axes], weight.shape)
     return jax.sharding.reshard(weight, whole.update(reduced=frozenset(BATCH)))
+
+
+def part_of_stack(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """What one entry of axis 0, the layers, is of a stacked leaf; that axis is never sharded."""
+    place = leaf.sharding
+    if place is not None:
+        place = NamedSharding(place.mesh, P(*place.spec[1:]))
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=place)
 
 
 def abstract(tree: Any) -> Any:

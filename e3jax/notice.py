@@ -6,14 +6,15 @@ compiling, evaluating) it raises SystemExit there and then. Within `held` somebo
 """
 
 import contextlib
+import functools
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import jax
 from jax._src import distributed
@@ -26,9 +27,10 @@ T = TypeVar("T")
 CODE = 128 + signal.SIGTERM
 LOOK_S = 1.0  # between looks at what another process was told
 GRACE_S = 10.0  # for a compilation or a read to come to an end; platforms give 30 s in all
-KEY = "e3jax/told to stop"
+TOLD, LEFT = "e3jax/told to stop", "e3jax/left"  # in the key-value store of several processes
 
 _told = threading.Event()
+_lost = threading.Event()  # SystemExit was raised where Python cannot pass it on
 _held = 0
 
 
@@ -45,6 +47,8 @@ def listen() -> Iterator[None]:
     closed = threading.Event()
     old_fd = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     old = signal.signal(signal.SIGTERM, _handle)
+    old_hook = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_unraisable, old_hook)
     threads = [threading.Thread(target=_act, args=(ours, closed), daemon=True)]
     if jax.process_count() > 1:
         threads.append(threading.Thread(target=_look, args=(closed,), daemon=True))
@@ -56,11 +60,13 @@ def listen() -> Iterator[None]:
         closed.set()
         signal.signal(signal.SIGTERM, old)
         signal.set_wakeup_fd(old_fd)
+        sys.unraisablehook = old_hook
         theirs.close()
         for thread in threads:
             thread.join()
         ours.close()
         _told.clear()
+        _lost.clear()
 
 
 def told() -> bool:
@@ -131,33 +137,59 @@ def _handle(*_: object) -> None:
         raise SystemExit(CODE)
 
 
+def _unraisable(otherwise: Callable[[Any], Any], lost: Any) -> None:
+    """Notes a SystemExit of `_handle` that a destructor or a collector's callback swallowed."""
+    if issubclass(lost.exc_type, SystemExit) and told():
+        _lost.set()
+    else:
+        otherwise(lost)
+
+
 def _act(ours: socket.socket, closed: threading.Event) -> None:
     """On SIGTERM: tells the other processes; ends this one if its main thread doesn't in time."""
     while heard := ours.recv(1):
-        if heard[0] != signal.SIGTERM:
-            continue
-        _told.set()
-        if jax.process_count() > 1:
-            with contextlib.suppress(Exception):  # it was said before, or the others are gone
-                processes.client().key_value_set(KEY, "")
-        free = 0.0
-        while free < GRACE_S and not closed.wait(LOOK_S):
-            free = 0.0 if _held else free + LOOK_S
-        if not closed.is_set():
-            processes.leave(CODE)  # killed like this it leaves what the next run clears away
+        if heard[0] == signal.SIGTERM:
+            break
+    else:
         return
+    _told.set()
+    if jax.process_count() > 1:
+        with contextlib.suppress(Exception):  # it was said before, or the others are gone
+            processes.client().key_value_set(TOLD, "")
+    free = 0.0
+    while free < GRACE_S and not closed.wait(LOOK_S):
+        free = 0.0 if _held else free + LOOK_S
+        if _lost.is_set() and not _held:
+            _lost.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+    if not closed.is_set():
+        if jax.process_count() > 1:
+            linger()
+        processes.leave(CODE)  # what is half written the next run clears away
 
 
 def _look(closed: threading.Event) -> None:
     """Makes a notice to another process one to this process."""
     while not closed.wait(LOOK_S) and not told():
         try:
-            processes.client().key_value_try_get(KEY)
+            processes.client().key_value_try_get(TOLD)
         except Exception:  # not there
             continue
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def linger() -> None:
-    """Gives the others the time to hear of the notice: with process 0 the key-value store ends."""
+    """Waits, before this process of several leaves, until the others can do without it.
+
+    They are to hear of the notice, and the store they hear it from ends with process 0, which jax
+    answers with an abort: so process 0 leaves last.
+    """
+    client = processes.client()
     time.sleep(2 * LOOK_S)
+    end = time.monotonic() + GRACE_S + 2 * LOOK_S
+    with contextlib.suppress(Exception):
+        client.key_value_set(f"{LEFT}/{jax.process_index()}", "")
+        while processes.is_first() and time.monotonic() < end:
+            if len(client.key_value_dir_get(f"{LEFT}/")) == jax.process_count():
+                return
+            time.sleep(LOOK_S / 4)

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from e3jax import config
+from e3jax import config, configure
 from e3jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 def load(tmp_path, text="out: runs/x\n", overrides=()):
     path = tmp_path / "x.yaml"
     path.write_text(text)
-    return config.load_run(path, overrides)
+    return configure.load_run(path, overrides)
 
 
 def refused(tmp_path, *overrides, text="out: runs/x\n"):
@@ -140,7 +140,7 @@ def test_a_file_that_is_no_mapping(tmp_path, text):
 def test_a_file_that_is_no_text(tmp_path):
     (tmp_path / "x.yaml").write_bytes(b"out: \xff\xfe")
     with pytest.raises(UserError, match=r"x\.yaml"):
-        config.load_run(tmp_path / "x.yaml")
+        configure.load_run(tmp_path / "x.yaml")
 
 
 def test_yaml_constructs_no_objects(tmp_path):
@@ -149,17 +149,21 @@ def test_yaml_constructs_no_objects(tmp_path):
 
 def test_bundled_configurations_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    expected = config.load_run(ROOT / "configs" / "qwen2.5-14b.yaml")
-    assert config.load_run("qwen2.5-14b") == config.load_run("configs/qwen2.5-14b.yaml") == expected
+    expected = configure.load_run(ROOT / "configs" / "qwen2.5-14b.yaml")
+    assert (
+        configure.load_run("qwen2.5-14b")
+        == configure.load_run("configs/qwen2.5-14b.yaml")
+        == expected
+    )
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "qwen2.5-14b.yaml").write_text("out: mine\n")
-    assert config.load_run("qwen2.5-14b").out == "mine"  # what is here comes first
+    assert configure.load_run("qwen2.5-14b").out == "mine"  # what is here comes first
     with pytest.raises(UserError, match=r"nothing\.yaml.*No such file"):
-        config.load_run("nothing")
+        configure.load_run("nothing")
 
 
 def test_every_key_has_help_text():
-    keys = config.known_keys()
+    keys = configure.known_keys()
     assert len(keys) > 80 and {"out", "search.keep", "train.recipe.optimizer.lr"} <= keys.keys()
     assert [key for key, text in keys.items() if not text] == []
 
@@ -168,4 +172,4 @@ def test_frozen_and_plain(tmp_path):
     run = load(tmp_path)
     with pytest.raises(dataclasses.FrozenInstanceError):
         run.seed = 1  # pyright: ignore[reportAttributeAccessIssue]
-    assert config.validate(config.as_dict(run), "again") == run
+    assert configure.validate(configure.as_dict(run), "again") == run

@@ -169,6 +169,8 @@ def test_empty_rows_of_a_batch_are_not_written(tmp_path, windows, teacher):
     index = np.array([2, -1, 3])
     cache.write(index, *(x[np.maximum(index, 0)] for x in teacher))
     assert sorted(set(range(len(windows))) - set(cache.todo().tolist())) == [2, 3]
+    cache.write(np.array([-1, -1]), *(x[:2] for x in teacher))  # a process with no turn
+    assert len(cache.todo()) == len(windows) - 2
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType
 
 from e3jax import mesh
 from e3jax.distill import losses
@@ -274,7 +273,7 @@ def test_init_does_not_depend_on_the_mesh():
 
 def test_published_models_type_check_on_a_pod(shared):
     """Explicit axes make a sharding mistake a type error, found without the 256 devices."""
-    pod = AbstractMesh((2, 16, 8), mesh.AXES, axis_types=(AxisType.Explicit,) * 3)
+    pod = mesh.abstract_mesh(2, 16, 8)
     checked = set()
     for file in sorted((shared / "configs").glob("*/config.json")):
         try:

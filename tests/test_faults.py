@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from e3jax import cli, config, job
+from e3jax import cli, configure, job
 from test_restart import ROOT, configuration, count, start, stderr  # noqa: F401  a fixture
 from test_training import lines, toy_fit
 from training_tiny import assert_bitwise, set_mesh
@@ -113,7 +113,7 @@ def test_a_folder_made_read_only_midway(configuration, tmp_path):  # noqa: F811
 
 
 def test_a_second_run_in_the_same_folder_is_refused(configuration, tmp_path, capsys):  # noqa: F811
-    run = config.load_run(configuration, [f"out={tmp_path}/run"])
+    run = configure.load_run(configuration, [f"out={tmp_path}/run"])
     arguments = ["search", "--config", str(configuration), f"out={tmp_path}/run"]
     with set_mesh(), job.claim_folder(run):
         assert cli.main(arguments) == 2

@@ -74,7 +74,8 @@ def test_same_bytes_as_an_export_from_memory(tmp_path, family, changes):
     assert set(different) <= {"README.md", INDEX}
     maps = [json.loads((f / INDEX).read_text())["weight_map"] for f in (out, other)]
     assert maps[0] == maps[1]
-    assert "not trained since" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "not trained since" in card and "chosen by a mask of unknown origin" in card
 
 
 # ---- a family that cannot be loaded, with quantised weights

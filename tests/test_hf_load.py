@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from e3jax import mesh
 from e3jax.errors import UserError
+from e3jax.hf import blocks, load, reading
 from e3jax.hf.families import read_config
-from e3jax.hf.folders import INDEX, check_vocabulary, source_dtype
+from e3jax.hf.folders import INDEX, check_vocabulary, source_dtype, stored_tensors
 from e3jax.hf.hub import resolve
 from e3jax.hf.load import load_params
+from e3jax.hf.safetensors import read_header
 from hf_tiny import (
     SHARED,
     assert_same_logits,
@@ -412,3 +414,132 @@ def test_tokenizer_of_another_model(tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(file))
     with pytest.raises(UserError, match=r"token id 96.*vocabulary is 96"):
         check_vocabulary(folder, cfg)
+
+
+# ---- how it reads
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Every box of weights that is read: (name, box, bytes)."""
+    found, real = [], reading.read
+
+    def read(stored, shape, box):
+        array = real(stored, shape, box)
+        found.append((stored.name, box, array.nbytes))
+        return array
+
+    monkeypatch.setattr(reading, "read", read)
+    return found
+
+
+def sizes(folder) -> dict[str, int]:
+    return {name: stored.nbytes for name, stored in stored_tensors(folder).items()}
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize(("data", "model"), [(8, 1), (4, 2), (2, 4), (1, 1)])
+def test_each_byte_is_read_once(tmp_path, monkeypatch, reads, data, model, small):
+    """On any mesh, in pieces of any size; the arrays are right on all devices."""
+    folder = save_tiny(tmp_path, "qwen2", torch.bfloat16, shard="20KB")
+    plain = load_params(folder)
+    reads.clear()
+    if small:
+        monkeypatch.setattr(blocks, "BYTES", 300)
+    devices = jax.devices()[: data * model]
+    with jax.set_mesh(mesh.make_mesh(data=data, model=model, devices=devices)):
+        spread = load_params(folder)
+    for x, y in zip(jax.tree.leaves(plain), jax.tree.leaves(spread), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+        for shard in y.addressable_shards:
+            np.testing.assert_array_equal(np.asarray(shard.data), np.asarray(x[shard.index]))
+    read = dict.fromkeys(sizes(folder), 0)
+    for name, _, nbytes in reads:
+        read[name] += nbytes
+    assert read == sizes(folder)
+    assert len(reads) > len(read) if small else len(reads) == len(read)
+
+
+@pytest.mark.parametrize("device", [0, 5])
+def test_a_process_reads_only_the_bytes_of_its_devices(tmp_path, monkeypatch, reads, device):
+    """As if this process had one device of eight: what is read of each tensor is its shard."""
+    folder = save_tiny(tmp_path, "qwen2", torch.bfloat16)
+    whole = load_params(folder)
+    reads.clear()
+    mine, real = jax.devices()[device], load._boxes
+    monkeypatch.setattr(load, "_boxes", lambda leaf: {mine: real(leaf)[mine]})
+    shards = []
+
+    def keep_parts(leaf, parts):
+        shards.append((leaf, parts[real(leaf)[mine]]))
+        return jnp.zeros(leaf.shape, leaf.dtype)
+
+    monkeypatch.setattr(load, "_array", keep_parts)
+    with jax.set_mesh(mesh.make_mesh(data=4, model=2)):
+        load_params(folder)
+        places = [leaf.sharding.addressable_devices_indices_map(leaf.shape) for leaf, _ in shards]
+    expected = sorted((leaf.shape, np.asarray(part, np.float32).tobytes()) for leaf, part in shards)
+    flat = {}
+    for x in jax.tree.leaves(whole):
+        flat.setdefault(x.shape, []).append(np.asarray(x, np.float32))
+    found = []
+    for (leaf, _), place in zip(shards, places, strict=True):
+        found.append((leaf.shape, flat[leaf.shape].pop(0)[place[mine]].tobytes()))
+    assert sorted(found) == expected
+    assert sum(nbytes for *_, nbytes in reads) == sum(part.nbytes for _, part in shards)
+    assert sum(part.nbytes for _, part in shards) < sum(sizes(folder).values()) / 3
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_where_the_devices_have_memory_of_their_own(tmp_path, monkeypatch, spread):
+    """As on a GPU or TPU: the host holds a few tensors of one layer, never a stack."""
+    folder = save_tiny(tmp_path, "qwen3", torch.bfloat16, num_hidden_layers=6)
+    expected = load_params(folder)
+    monkeypatch.setattr(load, "_fills_host_memory", lambda: False)
+    asked, real = [], load._empty
+    monkeypatch.setattr(load, "_empty", lambda leaf: asked.append(leaf.shape) or real(leaf))
+    devices = jax.devices() if spread else jax.devices()[:1]
+    with jax.set_mesh(mesh.make_mesh(model=2 if spread else 1, devices=devices)):
+        params = load_params(folder)
+        assert params["layers"]["q"].sharding.spec == mesh.spec(
+            (None, "embed", "heads", None, None)
+        )
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    stacked = {x.shape for x in jax.tree.leaves(expected["layers"])}
+    assert not stacked & set(asked)
+
+
+def test_merged_boxes():
+    row = [((0, 4), (i, i + 2)) for i in (0, 2, 4)]
+    assert reading.merged([*row, row[0]]) == [((0, 4), (0, 6))]
+    assert reading.merged([row[0], row[2]]) == [row[0], row[2]]  # a gap stays unread
+    square = [((i, i + 2), (j, j + 2)) for i in (0, 2) for j in (0, 2)]
+    assert reading.merged(square) == [((0, 4), (0, 4))]
+    assert reading.merged([()]) == [()]
+    assert len(reading.merged(square[:3])) == 2
+
+
+@pytest.mark.parametrize("cut", [(0, 5, 0, 4, 0, 6), (1, 3, 0, 4, 0, 6), (1, 4, 2, 3, 0, 6)])
+@pytest.mark.parametrize("inner", [(0, 6), (2, 5)])
+def test_a_box_of_a_file(tmp_path, cut, inner):
+    array = np.arange(120, dtype=np.float32).reshape(5, 4, 6)
+    save_file({"x": torch.from_numpy(array)}, tmp_path / "x.safetensors")
+    stored = read_header(tmp_path / "x.safetensors")[0]["x"]
+    box = (cut[:2], cut[2:4], inner)
+    found = reading.read(stored, (5, 4, 6), box)
+    np.testing.assert_array_equal(found, array[tuple(slice(*b) for b in box)])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_block_copies_and_finiteness(dtype):
+    x = np.random.default_rng(0).normal(size=(37, 5, 41)).astype(dtype)
+    for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0), (2, 1, 0)):
+        to = np.empty([x.shape[a] for a in order], dtype)
+        blocks.copy(to, x.transpose(order))
+        np.testing.assert_array_equal(to, x.transpose(order))
+        blocks.copy(view := np.empty(x.shape, np.float32).transpose(order), to)
+        np.testing.assert_array_equal(view, to.astype(np.float32))
+    assert blocks.finite(x) and blocks.finite(np.array([jnp.finfo(dtype).max], dtype))
+    for bad in (np.nan, np.inf, -np.inf):
+        x[3, 2, 1] = bad
+        assert not blocks.finite(x)

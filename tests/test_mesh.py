@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from e3jax import mesh
@@ -87,7 +87,7 @@ def test_no_mesh_no_shardings():
 
 
 def test_abstract_mesh_gives_types_without_devices():
-    pod = AbstractMesh((4, 64, 8), mesh.AXES, axis_types=(AxisType.Explicit,) * 3)
+    pod = mesh.abstract_mesh(4, 64, 8)
     with jax.sharding.use_abstract_mesh(pod):
         place = mesh.sharding(("embed", "heads"), (128, 4))
     assert place.mesh == pod and place.spec == P("data", None)

@@ -145,3 +145,21 @@ def test_a_program_that_catches_the_exit_is_ended(monkeypatch):
             tell()
         time.sleep(1)
     assert left == [143]
+
+
+class Told:
+    """A notice comes while this is thrown away; what a destructor raises is swallowed."""
+
+    def __del__(self):
+        tell()
+
+
+def test_an_exit_that_is_swallowed_is_raised_again(monkeypatch):
+    monkeypatch.setattr(notice, "LOOK_S", 0.05)
+    passed = []
+    with pytest.raises(SystemExit), notice.listen():
+        Told()
+        passed.append("swallowed")
+        time.sleep(5)
+        passed.append("went on")
+    assert passed == ["swallowed"]

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from e3jax import config
+from e3jax import configure
 from e3jax.errors import UserError
 from e3jax.hf.families import from_hf, read_config
 from e3jax.planning import budget
@@ -31,7 +31,7 @@ def billions(number):
 
 def real(name, cfg):
     """The bundled configuration of a real model, and its plan."""
-    run = config.load_run(name)
+    run = configure.load_run(name)
     assert run.data.window <= cfg.max_position
     return run, budget.make_budget(run, cfg, "bfloat16")
 
@@ -74,7 +74,7 @@ def test_chain_math(shared):
 @pytest.fixture
 def small():
     """A configuration whose counts are easily made by hand, and a model for it."""
-    run = config.validate({"out": "x", "data": {"window": 100}}, "small")
+    run = configure.validate({"out": "x", "data": {"window": 100}}, "small")
     search = dataclasses.replace(
         run.search, keep=2, steps=10, batch=3, init_windows=5, score_every=4, score_windows=7
     )

@@ -163,7 +163,7 @@ def test_two_processes_do_the_job_of_one(place, single):
     same_results(out, single)
     assert "read back and verified" in said(place, 0)
     assert only_gloo(said(place, 1))  # process 0 speaks for all
-    assert touched(place, 0, out) > {"run.json", "search", "export"}
+    assert touched(place, 0, out) > {"search", "distill", "evaluate", ".export"}
     assert touched(place, 1, out) == set()
 
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from orbax.checkpoint import v1 as ocp
 
-from e3jax import cli, config, job, pipeline
+from e3jax import cli, configure, job, pipeline
 from e3jax.distill import distill
 from e3jax.hf.export import export_new
 from training_tiny import CFG, assert_bitwise, dense_params
@@ -177,7 +177,7 @@ def test_a_run_that_diverges_exits_with_1_and_a_message(configuration, whole):
 def test_the_rehearsal_passes_through_every_stage_and_leaves_nothing(
     configuration, tmp_path, one_device, monkeypatch
 ):
-    run = config.load_run(configuration, [f"out={tmp_path}/run"])
+    run = configure.load_run(configuration, [f"out={tmp_path}/run"])
     job_ = job.open_job(run)
     passed = []
     for name in ("search_mask", "recover"):

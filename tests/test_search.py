@@ -8,7 +8,7 @@ import numpy as np
 import pydantic
 import pytest
 
-from e3jax import config, mesh
+from e3jax import config, configure, mesh
 from e3jax.errors import UserError
 from e3jax.models import decoder, rope
 from e3jax.models.attention import attend, causal_mask
@@ -363,5 +363,5 @@ def test_score_function_needs_masks_to_compare(estimator, changes):
     with pytest.raises(pydantic.ValidationError, match="masks=row and batch of 2"):
         make_spec(estimator=estimator, **changes)
     with pytest.raises(UserError, match=f"search: estimator={estimator} compares masks"):
-        config.validate({"out": "x", "search": {"estimator": estimator, **changes}}, "run.yaml")
+        configure.validate({"out": "x", "search": {"estimator": estimator, **changes}}, "run.yaml")
     make_spec(estimator="straight_through", **changes)

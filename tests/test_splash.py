@@ -90,9 +90,25 @@ CFG = ModelConfig(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)])
-def test_model_with_the_kernel_on_a_mesh(sizes, monkeypatch):
-    """Gates, windows and statistics; loss and every gradient. (1, 2, 4) replicates the heads."""
+def test_heads_that_do_not_divide_the_mesh_are_replicated():
+    """2 key-value heads over 4 devices; several rows of windows a device."""
+    rng, segments = np.random.default_rng(0), packed_segments(4, 128)
+    q = rng.normal(size=(4, 128, 2, 2, 8)).astype(np.float32)
+    k, v = rng.normal(size=(2, 4, 128, 2, 8)).astype(np.float32)
+
+    def gradients(q, k, v, segments):
+        attend = splash.make_attention(segments, 9)
+        return jax.grad(lambda *qkv: jnp.sum(attend(*qkv) ** 2), (0, 1, 2))(q, k, v)
+
+    alone = jax.jit(gradients)(q, k, v, segments)
+    with set_mesh(1, 2, 4):
+        spread = jax.jit(gradients)(*mesh.shard_batch((q, k, v, segments)))
+    for a, b in zip(spread, alone):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_model_with_the_kernel_on_a_mesh(monkeypatch):
+    """Gates, windows, statistics and chosen layers; loss and every gradient."""
     rows, time, rng = 4, 128, np.random.default_rng(0)
     tokens = rng.integers(0, CFG.vocab_size, (rows, time)).astype(np.int32)
     positions = np.tile(np.arange(time, dtype=np.int32), (rows, 1))
@@ -104,17 +120,18 @@ def test_model_with_the_kernel_on_a_mesh(sizes, monkeypatch):
         monkeypatch.setattr(decoder, "make_attention", lambda s, windows, _: make(s, windows))
 
         def loss(params, gates, batch):
-            model = functools.partial(decoder.hidden, params, batch, CFG, dtype=jnp.float32)
+            model = functools.partial(decoder.hidden, batch=batch, cfg=CFG, dtype=jnp.float32)
             norms = lambda before, after: jnp.sum(after**2, axis=(1, 2))
-            h, seen = model(gates_bl=gates, remat=remat, observe=norms)
-            picked = model(layer_ids=jnp.array([2, 1]), remat=remat)
-            return jnp.mean(probe * h) + jnp.mean(probe * picked), seen
+            h, seen = model(params, gates_bl=gates, remat=remat, observe=norms)
+            chosen = model(jax.lax.stop_gradient(params), layer_ids=jnp.array([2, 1]))
+            return jnp.mean(probe * h), (seen, chosen)
 
-        with set_mesh(*sizes):
+        with set_mesh(2, 2, 2):
             batch = decoder.Batch(tokens, positions, segments, tokens, segments > 0)
             batch, rows_gates = mesh.shard_batch((batch, gates))
-            params = decoder.init_params(jax.random.key(0), CFG)
-            params = jax.tree.map(lambda w: 5 * w, params)
+            # Hotter, and a rounding of the weights would move the gradients by 1e-4.
+            params = jax.tree.map(lambda w: 2 * w, decoder.init_params(jax.random.key(0), CFG))
+            params["embed"] *= 10
             step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
             return step(params, rows_gates, batch)
 
@@ -122,7 +139,7 @@ def test_model_with_the_kernel_on_a_mesh(sizes, monkeypatch):
     found = outcome(attention.by_kernel, "selective")
     for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(wanted)):
         scale, name = np.abs(b).max(), jax.tree_util.keystr(path)
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * scale, err_msg=name)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale, err_msg=name)
         assert scale > 0
 
 
@@ -150,8 +167,8 @@ TPU_CFG = dataclasses.replace(
 )
 
 
-def compiled_step(cfg, remat):
-    """Forward and backward by weights and gates, as text, under the mesh that is set."""
+def trace_step(cfg, remat):
+    """Forward and backward by weights and gates, traced under the mesh that is set."""
     rows = lambda dtype, width: jax.ShapeDtypeStruct(
         (4, width), dtype, sharding=mesh.sharding(("batch", None))
     )
@@ -162,24 +179,25 @@ def compiled_step(cfg, remat):
         return jnp.sum(h.astype(jnp.float32) ** 2)
 
     step = jax.jit(jax.value_and_grad(loss, (0, 1)))
-    arguments = decoder.abstract_params(cfg), rows(jnp.float32, cfg.num_layers), batch
-    return step.lower(*arguments).compile().as_text()
+    return step.trace(decoder.abstract_params(cfg), rows(jnp.float32, cfg.num_layers), batch)
 
 
 def kernels(text):
-    """Names of the kernels a program calls, one a call."""
+    """Names of the kernels that a compiled program calls, one a call."""
     calls = [line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
     return sorted(re.search(r"splash_mha_(fwd|dq|dkv)_", line)[1] for line in calls)
 
 
 def squares(text):
+    """Arrays of [T, T] in a program."""
     return re.findall(rf"\w+\[(?:\d+,)*{LONG},{LONG}(?:,\d+)*\]", text)
 
 
 def test_compiles_for_v5p_with_two_kinds_of_windows(tpu_mesh):
     with jax.set_mesh(tpu_mesh("v5p:2x2x1")):
         assert mesh.platform() == "tpu" and jax.default_backend() == "cpu"
-        text = compiled_step(dataclasses.replace(TPU_CFG, head_dim=128), "selective")
+        traced = trace_step(dataclasses.replace(TPU_CFG, head_dim=128), "selective")
+        text = traced.lower().compile().as_text()
     assert kernels(text) == ["dkv", "dkv", "dq", "dq", "fwd", "fwd"]  # none is run again
     assert not squares(text)
 
@@ -187,12 +205,11 @@ def test_compiles_for_v5p_with_two_kinds_of_windows(tpu_mesh):
 def test_compiles_for_v6e(tpu_mesh, monkeypatch):
     cfg = dataclasses.replace(TPU_CFG, head_dim=64, windows=(None,) * 3)
     with jax.set_mesh(tpu_mesh("v6e:2x2")):
-        text = compiled_step(cfg, "layer")
-        assert kernels(text) == ["dkv", "dq", "fwd", "fwd"]
-        assert not squares(text)
+        text = trace_step(cfg, "layer").lower().compile().as_text()
         monkeypatch.setattr(splash, "suits", lambda *_: False)
-        dense = compiled_step(cfg, "layer")
-        assert not kernels(dense) and squares(dense)
+        dense = str(trace_step(cfg, "layer").jaxpr)
+    assert kernels(text) == ["dkv", "dq", "fwd", "fwd"]
+    assert not squares(text) and squares(dense)
 
 
 def test_decoding_compiles_for_v5p(tpu_mesh):

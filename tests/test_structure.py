@@ -11,7 +11,7 @@ import tomllib
 import pytest
 
 import e3jax
-from e3jax import config
+from e3jax import configure
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "e3jax"
@@ -23,6 +23,7 @@ ORDER = (
     {"errors"},
     {"files", "mesh"},
     {"config", "processes"},
+    {"configure"},
     {"notice"},
     {"demo", "models"},
     {"hf", "data"},
@@ -203,14 +204,14 @@ assert "torch" not in sys.modules, "torch was imported"
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configurations_are_valid(path):
-    run = config.load_run(path)
+    run = configure.load_run(path)
     assert run.out == f"runs/{path.stem}"
     assert run.data.train and run.data.held_out
     assert all(".." not in source.path and source.path[0] not in "/~" for source in run.data.train)
 
 
 def test_configurations_keep_what_they_say():
-    keep = {path.stem: config.load_run(path).search.keep for path in CONFIGS}
+    keep = {path.stem: configure.load_run(path).search.keep for path in CONFIGS}
     del keep["demo-train"]
     assert keep == {
         "demo": 12,

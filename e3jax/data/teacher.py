@@ -138,6 +138,8 @@ class TeacherCache:
         """
         real = np.asarray(index_b) >= 0
         index = np.asarray(index_b, np.int64)[real]
+        if not len(index):
+            return
         given = {"ids": ids_btk, "logp": logp_btk, "entropy": entropy_bt, "lognorm": lognorm_bt}
         rows = {
             name: np.ascontiguousarray(np.asarray(x)[real], self.arrays[name].dtype.numpy_dtype)

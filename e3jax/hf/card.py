@@ -39,13 +39,14 @@ def model_card(
     num_layers: int,
     rows: Sequence[Mapping[str, Any]] = (),
     recovered: bool = True,
+    chosen_by: str = "E3-Pruner's differentiable mask search",
 ) -> str:
     """README.md, in Markdown, of a pruned model.
 
     name: of the exported folder; base_model: hub id, or what else to call the source; license_keys:
     from `read_license`; keep: kept layers, counted from 0, of the source's `num_layers`; rows:
     figures, one mapping of column -> value a row, all with the same columns; recovered: whether
-    the pruned model was distilled.
+    the pruned model was distilled; chosen_by: what chose the layers.
     """
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     front |= {"tags": ["e3jax", "e3-pruner", "layer-pruning"], **license_keys}
@@ -70,6 +71,7 @@ def model_card(
         count=len(keep),
         num_layers=num_layers,
         training=training,
+        chosen_by=chosen_by,
         kept=", ".join(map(str, keep)),
         removed=", ".join(map(str, removed)) or "none",
         terms=terms,
@@ -92,8 +94,8 @@ CARD = """---
 
 # {name}
 
-{base} with {count} of its {num_layers} decoder layers, chosen by E3-Pruner's differentiable mask
-search and {training}.
+{base} with {count} of its {num_layers} decoder layers, chosen by {chosen_by} and
+{training}.
 
 - kept layers (of the base model, counted from 0): {kept}
 - removed layers: {removed}

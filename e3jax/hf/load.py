@@ -19,6 +19,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from e3jax import mesh
+from e3jax import mesh
 from e3jax.hf import reading
 from e3jax.hf.families import read_config
 from e3jax.hf.folders import match, raise_problems, source_dtype
@@ -63,7 +65,9 @@ def load_params(
             return
         if tensor.leaf not in arrays:
             arrays[tensor.leaf] = _zeros(leaf)
-        arrays[tensor.leaf] = _set(arrays[tensor.leaf], _array(_row(leaf), parts), tensor.layer)
+        arrays[tensor.leaf] = _set(
+            arrays[tensor.leaf], _array(mesh.part_of_stack(leaf), parts), tensor.layer
+        )
 
     by_place = sorted(enumerate(both), key=lambda item: (item[1][1].path, item[1][1].start))
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
@@ -71,7 +75,7 @@ def load_params(
             for number, (tensor, stored) in by_place:
                 leaf, parts = leaves[tensor.leaf], on_host.get(tensor.leaf)
                 if parts is None:
-                    parts = _empty(leaf if tensor.layer is None else _row(leaf))
+                    parts = _empty(leaf if tensor.layer is None else mesh.part_of_stack(leaf))
                 elif tensor.layer is not None:
                     parts = {box[1:]: part[tensor.layer] for box, part in parts.items()}
                 waiting.append((number, tensor, parts, reading.submit(pool, tensor, stored, parts)))
@@ -103,12 +107,15 @@ def _sharding(leaf: jax.ShapeDtypeStruct) -> Sharding:
     return leaf.sharding or SingleDeviceSharding(jax.devices()[0])
 
 
+<<<<<<< HEAD
 def _row(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """One layer's place in a stacked leaf; the layers are never sharded."""
     place: Any = None if leaf.sharding is None else mesh.one_layer(leaf.sharding)
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=place)
 
 
+=======
+>>>>>>> main
 def _boxes(leaf: jax.ShapeDtypeStruct) -> dict[Any, Box]:
     """The part of a leaf that each device of this process holds."""
     found = _sharding(leaf).addressable_devices_indices_map(leaf.shape)

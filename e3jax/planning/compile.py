@@ -191,12 +191,15 @@ def _compile(
     begun, compiled = time.monotonic(), True
     try:
         found = traced.lower().compile().memory_analysis()
-        peak = found.peak_memory_in_bytes or (
+        # A CPU's compiler leaves its work space out of the peak.
+        peak = (
             found.argument_size_in_bytes
             + found.output_size_in_bytes
             - found.alias_size_in_bytes
             + found.temp_size_in_bytes
         )
+        if topology.is_tpu and found.peak_memory_in_bytes:
+            peak = found.peak_memory_in_bytes
     except jax.errors.JaxRuntimeError as error:
         peak, compiled = needed(str(error)), False
         if peak is None:

@@ -124,9 +124,8 @@ def estimate(
     gradients = wide * (1 if micro == recipe.batch else 2)
     layer = tokens * (8 * cfg.width + 4 * heads + 6 * mlp) * size
     logits = 4 * 4 * min(recipe.chunk, tokens) * cfg.vocab_size / model
-    per_layer = decoder.count_params(cfg.take_layers([0])) - decoder.count_params(
-        cfg.take_layers([])
-    )
+    projections, _, mlp_flops = cost.layer_flops(cfg, 1)
+    per_layer = (projections + mlp_flops) / 2  # parameters: two operations a token each
     gathered = 2 * size * per_layer / model + 4 * size * cfg.width * cfg.vocab_size / model
     if not topology.is_tpu:  # scores of every query and key
         layer += rows * cfg.num_heads / model * time**2 * 12
@@ -162,5 +161,6 @@ def search_mesh(
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         measured = list(pool.map(measure, tried))
-    fitting = [c for c in measured if c.compiled is not None and c.compiled.fits]
-    return fitting[0] if fitting else min(measured, key=lambda c: c.compiled.peak)
+    compiled = [(c, c.compiled) for c in measured if c.compiled is not None]
+    fitting = [choice for choice, memory in compiled if memory.fits]
+    return fitting[0] if fitting else min(compiled, key=lambda pair: pair[1].peak)[0]
