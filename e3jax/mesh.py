@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from e3jax.errors import UserError
@@ -71,14 +71,6 @@ def make_mesh(
     return jax.sharding.Mesh(grid, AXES, axis_types=types)
 
 
-<<<<<<< HEAD
-def abstract_mesh(replica: int, data: int, model: int) -> AbstractMesh:
-    """Such a mesh without devices, for types alone."""
-    return AbstractMesh((replica, data, model), AXES, axis_types=(AxisType.Explicit,) * 3)
-
-
-def current() -> AbstractMesh | None:
-=======
 def abstract_mesh(replica: int, data: int, model: int) -> jax.sharding.AbstractMesh:
     """A mesh of types alone, for `jax.sharding.use_abstract_mesh`: shapes a device, no devices."""
     sizes = (replica, data, model)
@@ -86,7 +78,6 @@ def abstract_mesh(replica: int, data: int, model: int) -> jax.sharding.AbstractM
 
 
 def current() -> jax.sharding.AbstractMesh | None:
->>>>>>> main
     """The mesh set by `jax.set_mesh`, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
@@ -101,7 +92,7 @@ def platform() -> str | None:
     return None if device is None else device.platform
 
 
-def axis_size(mesh: AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
+def axis_size(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
     """Devices along a spec entry."""
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes
     return int(np.prod([mesh.shape[n] for n in names], dtype=int))
@@ -154,11 +145,6 @@ def sharding(
         return None
     mesh = jax.sharding.get_mesh()
     return NamedSharding(abstract if mesh.empty else mesh, spec(axes, shape))
-
-
-def one_layer(place: NamedSharding) -> NamedSharding:
-    """The sharding of one layer of a stack on axis 0, which is never sharded."""
-    return NamedSharding(place.mesh, P(*place.spec[1:]))
 
 
 def out(axes: Sequence[str | None], shape: Sequence[int] | None = None) -> P | None:

@@ -20,7 +20,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from e3jax import mesh
-from e3jax import mesh
 from e3jax.hf import reading
 from e3jax.hf.families import read_config
 from e3jax.hf.folders import match, raise_problems, source_dtype
@@ -107,15 +106,6 @@ def _sharding(leaf: jax.ShapeDtypeStruct) -> Sharding:
     return leaf.sharding or SingleDeviceSharding(jax.devices()[0])
 
 
-<<<<<<< HEAD
-def _row(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """One layer's place in a stacked leaf; the layers are never sharded."""
-    place: Any = None if leaf.sharding is None else mesh.one_layer(leaf.sharding)
-    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=place)
-
-
-=======
->>>>>>> main
 def _boxes(leaf: jax.ShapeDtypeStruct) -> dict[Any, Box]:
     """The part of a leaf that each device of this process holds."""
     found = _sharding(leaf).addressable_devices_indices_map(leaf.shape)
