@@ -365,8 +365,8 @@ def test_command_refuses(tmp_path, capsys):
 PROGRAM = """
 import json
 import jax
-from e3jax import cli, config
-from e3jax.hf import families, load
+from e3jax import cli, configure
+from e3jax.hf import families, folders, hub
 from e3jax.planning import chips, compile
 run, topology = configure.load_run("llama2-7b"), chips.parse("v5p:2x2x1")
 cli._prepare_jax(run, topology)
