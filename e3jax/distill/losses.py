@@ -142,8 +142,7 @@ def split_time(x: jax.Array, chunk: int) -> jax.Array:
     """[B, T, ...] -> [count, B, size, ...], slices of at most `chunk` tokens (or one position) of
     the rows that a device holds, the last padded with zeros.
 
-    Every slice gathers the head and reduces its gradient: were `chunk` counted over all devices,
-    a pod would do so for each few positions.
+    Were `chunk` counted over all devices, a pod would multiply a few positions at a time.
     """
     rows, time = x.shape[:2]
     set_mesh = mesh.current()

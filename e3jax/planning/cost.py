@@ -157,7 +157,7 @@ class Pass:
     trained: bool = False
 
 
-def _traffic(passes: list[Pass], mesh: Mesh, chunk: int) -> tuple[float, float, float]:
+def _traffic(passes: list[Pass], mesh: Mesh) -> tuple[float, float, float]:
     """Bytes a device moves: with its memory, in its slice, between slices."""
     memory = inside = between = 0.0
     for p in passes:
@@ -167,15 +167,12 @@ def _traffic(passes: list[Pass], mesh: Mesh, chunk: int) -> tuple[float, float, 
         split = (model - 1) / model
         gathered = (mesh.data - 1) / mesh.data * 2 * params / model  # bfloat16
         head = (mesh.data - 1) / mesh.data * 2 * cfg.width * cfg.vocab_size / model
-        chunks = max(here / chunk, 1)
         memory += p.micro * p.times * (2 * params / model + 16 * here * cfg.width * cfg.num_layers)
-        inside += p.micro * p.times * (gathered + (chunks - 1) * head)
+        inside += p.micro * p.times * gathered
         # Two all-reduces of the residual stream a layer and pass; each moves it twice.
         inside += p.micro * p.times * 4 * split * here * cfg.width * 2 * cfg.num_layers
         if p.trained:
-            inside += p.micro * (
-                gathered + (chunks - 1) * 2 * head
-            )  # gradients; the head's by chunk
+            inside += p.micro * (gathered + head)  # gradients; the head's in float32
             shard = params / (mesh.data * model)
             memory += shard * WIDE * (8 + 2 * p.micro)  # parameters, two moments, gradients
             between += p.micro * 2 * shard * 2 * (mesh.replica - 1) / mesh.replica
@@ -193,7 +190,7 @@ def train_roofline(run: config.Run, cfg: ModelConfig, topology: Topology, mesh: 
     if recipe.teacher == "online":
         passes.append(Pass(cfg, tokens, micro, 1))
     flops = train_flops(run, cfg) * tokens * micro
-    return _roofline(flops, passes, topology, mesh, recipe.chunk)
+    return _roofline(flops, passes, topology, mesh)
 
 
 def search_roofline(run: config.Run, cfg: ModelConfig, topology: Topology, mesh: Mesh) -> Roofline:
@@ -203,7 +200,7 @@ def search_roofline(run: config.Run, cfg: ModelConfig, topology: Topology, mesh:
     times = 1 if spec.estimator == "score" else 2 if run.model.remat == "none" else 3
     passes = [Pass(cfg, tokens, 1, times + (spec.loss == "kl"))]
     flops = search_flops(run, cfg) * tokens
-    return _roofline(flops, passes, topology, mesh, run.distill.chunk)
+    return _roofline(flops, passes, topology, mesh)
 
 
 def forward_roofline(
@@ -212,13 +209,11 @@ def forward_roofline(
     """Of `passes` forward passes over a batch of `rows`, logits included."""
     tokens = -(-rows // mesh.shards) * mesh.shards * run.data.window
     flops = passes * (body_flops(cfg, run.data.window) + head_flops(cfg)) * tokens
-    return _roofline(flops, [Pass(cfg, tokens, 1, passes)], topology, mesh, run.distill.chunk)
+    return _roofline(flops, [Pass(cfg, tokens, 1, passes)], topology, mesh)
 
 
-def _roofline(
-    flops: float, passes: list[Pass], topology: Topology, mesh: Mesh, chunk: int
-) -> Roofline:
-    memory, inside, between = _traffic(passes, mesh, chunk)
+def _roofline(flops: float, passes: list[Pass], topology: Topology, mesh: Mesh) -> Roofline:
+    memory, inside, between = _traffic(passes, mesh)
     chip, each = topology.chip, topology.chip.devices
     if topology.slices > 1 and mesh.replica % topology.slices:
         between, inside = between + inside, 0.0  # the mesh gathers weights over the network

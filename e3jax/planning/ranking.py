@@ -76,7 +76,7 @@ def _meshes(cfg: ModelConfig, topology: Topology) -> Iterator[cost.Mesh]:
     a_slice = topology.devices // topology.slices
     model = 1
     while model <= min(LARGEST_MODEL, a_slice):
-        if a_slice % model == 0 and cfg.num_kv_heads % model == 0:
+        if a_slice % model == 0 and 0 in (cfg.num_kv_heads % model, cfg.num_groups % model):
             yield cost.Mesh(topology.slices, a_slice // model, model)
         model *= 2
 
@@ -126,7 +126,7 @@ def estimate(
     logits = 4 * 4 * min(recipe.chunk, tokens) * cfg.vocab_size / model
     projections, _, mlp_flops = cost.layer_flops(cfg, 1)
     per_layer = (projections + mlp_flops) / 2  # parameters: two operations a token each
-    gathered = 2 * size * per_layer / model + 3 * size * cfg.width * cfg.vocab_size / model
+    gathered = 2 * size * per_layer / model + 4 * size * cfg.width * cfg.vocab_size / model
     if not topology.is_tpu:  # scores of every query and key
         layer += rows * cfg.num_heads / model * time**2 * 12
     kept = cost.activation_bytes(run, student, rows, model)
