@@ -136,6 +136,14 @@ def test_score_gradient_is_unbiased():
     assert np.abs(want).min() > 1e-2
 
 
+def test_score_gradient_adds_in_a_fixed_order():
+    """A scatter adds in any order on a GPU: the devices' copies of theta would drift apart."""
+    traced = jax.make_jaxpr(gumbel.score_gradient)(
+        jnp.asarray(THETA, jnp.float32), draw(rows=8), jnp.arange(8.0)
+    )
+    assert "scatter" not in str(traced)
+
+
 def test_advantage_leaves_the_own_row_out_of_the_baseline():
     tokens = np.array([10.0, 3.0, 20.0, 7.0])
     mean = np.array([0.3, 2.0, 0.01, 5.0])  # nats a token

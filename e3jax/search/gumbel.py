@@ -132,10 +132,12 @@ def log_prob(theta_l: jax.Array, draw: Draw) -> jax.Array:
     Sum over the n kept of theta_i - logsumexp of theta over all that were not yet drawn.
     """
     theta = jnp.where(draw.competes, theta_l, OUT)
-    ranked = theta[draw.order]
-    rest = jax.lax.cumlogsumexp(ranked, axis=1, reverse=True)
-    drawn = jnp.arange(theta.shape[0]) < draw.slots
-    return jnp.sum(jnp.where(drawn, ranked - rest, 0.0), axis=-1)
+    rank = jnp.argsort(draw.order, axis=-1)
+    # Compared pair by pair: the gradient of theta[order] would be a scatter, which adds in any
+    # order on a GPU, and then the devices' copies of theta drift apart.
+    not_before = rank[:, None, :] >= rank[:, :, None]
+    rest = jax.nn.logsumexp(jnp.where(not_before, theta, OUT), axis=-1)
+    return jnp.sum(jnp.where(draw.keep & draw.competes, theta - rest, 0.0), axis=-1)
 
 
 def advantage(loss_b: jax.Array, weight_b: jax.Array) -> jax.Array:
