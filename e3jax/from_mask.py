@@ -47,7 +47,7 @@ def read_mask(path: pathlib.Path, num_layers: int) -> Mask:
         raise UserError(f"{path}: a mask of {depth} layers, and the model has {num_layers}")
     if not keep or sorted(set(keep)) != keep or not 0 <= keep[0] <= keep[-1] < depth:
         raise UserError(f"{path}: keep is {keep}; expected ascending numbers from 0 to {depth - 1}")
-    name = fields.get("selector")
+    name = str(fields.get("selector") or "")
     selector = SELECTORS.get(name, f"the selector {name}" if name else "a mask of unknown origin")
     return Mask(tuple(keep), depth, found_on if isinstance(found_on, str) else None, selector)
 
