@@ -8,7 +8,7 @@ from typing import Any
 
 from e3jax import config, files
 from e3jax.errors import UserError
-from e3jax.hf import aside, copying, hub
+from e3jax.hf import aside, copying, folders
 from e3jax.hf import card as cards
 from e3jax.hf.cut import depth_of
 from e3jax.hf.families import read_json
@@ -47,9 +47,8 @@ def read_mask(path: pathlib.Path, num_layers: int) -> Mask:
         raise UserError(f"{path}: a mask of {depth} layers, and the model has {num_layers}")
     if not keep or sorted(set(keep)) != keep or not 0 <= keep[0] <= keep[-1] < depth:
         raise UserError(f"{path}: keep is {keep}; expected ascending numbers from 0 to {depth - 1}")
-    name = fields.get("selector")
-    selector = "a mask of unknown origin" if name is None else f"the selector {name}"
-    selector = SELECTORS.get(str(name), selector)
+    name = str(fields.get("selector") or "")
+    selector = SELECTORS.get(name, f"the selector {name}" if name else "a mask of unknown origin")
     return Mask(tuple(keep), depth, found_on if isinstance(found_on, str) else None, selector)
 
 
@@ -60,7 +59,7 @@ def export(run: config.Run, mask_path: str, *, dry_run: bool = False) -> None:
     """
     if run.export.dtype != "source":
         raise UserError("export.dtype: --from-mask copies weights as they are stored: leave it out")
-    source = hub.resolve(run.model.path, run.model.revision)
+    source = folders.resolve(run.model.path, run.model.revision)
     out = pathlib.Path(run.out).expanduser()
     dense: dict[str, Any] = read_json(source / "config.json")
     mask = read_mask(pathlib.Path(mask_path).expanduser(), depth_of(dense))
