@@ -329,8 +329,9 @@ def write_model(folder, cfg=CFG):
     return folder
 
 
-def test_command(tmp_path, capsys):
+def test_command(tmp_path, capsys, monkeypatch):
     """A folder that holds only config.json, on eight GPUs; a run may use the same folder later."""
+    monkeypatch.setattr(ranking, "COMPILED", 1)  # for time
     out, model = tmp_path / "out", write_model(tmp_path / "model")
     where = [f"out={out}", f"model.path={model}", "data.window=64", "search.keep=2"]
     command = ["plan", "--config", "demo", "--topology", "h100:8", *where, "distill.batch=16"]
