@@ -113,7 +113,9 @@ def test_packed_documents_have_the_logits_they_have_alone():
 # ---------------------------------------------------------------- masked = sliced
 
 
-@pytest.mark.parametrize(("dtype", "remat"), [(jnp.float32, "none"), (jnp.bfloat16, "layer")])
+@pytest.mark.parametrize(
+    ("dtype", "remat"), [(jnp.float32, "none"), (jnp.float32, "selective"), (jnp.bfloat16, "layer")]
+)
 def test_masked_sliced_and_indexed_models_are_one(dtype, remat):
     """With a different kind of attention in each layer; the slice may have fewer kinds."""
     params, batch = hot_params(EVERYTHING, dtype), packed_batch(rows=3)

@@ -14,7 +14,7 @@ from e3jax.models.config import ModelConfig
 
 CFG = ModelConfig(
     family="qwen3", num_layers=3, width=32, mlp_width=160, num_heads=4, num_kv_heads=2, head_dim=8,
-    vocab_size=64, max_position=64, norm_eps=1e-6, tied=False, windows=(None, 5, None),
+    vocab_size=64, max_position=64, norm_eps=1e-6, tied=False, windows=(None, None, None),
     qk_norm=True,
 )  # fmt: skip
 ROWS, T = 4, 32
