@@ -86,6 +86,17 @@ def test_micro_batches_of_unequal_token_counts_add_up_to_the_batch():
     assert_close(split, whole, atol=1e-6)
 
 
+def test_micro_batches_of_one_row(one_device):
+    """A reshape of one row must not forget over which axes rows are spread."""
+    spec = recipe(microbatch=1)
+    state, step, teacher = make_student(spec)
+    _, found = run_steps(state, step, teacher, 0, 1)
+    state, step, teacher = make_student(recipe(microbatch=None))
+    _, whole = run_steps(state, step, teacher, 0, 1)
+    assert found[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-5)
+    assert found[0]["grad_norm"] == pytest.approx(whole[0]["grad_norm"], rel=1e-5)
+
+
 def test_the_mean_of_micro_batch_means_would_be_another_gradient():
     """What the test above would not notice if the rows were too alike."""
     batch = random_batch(1)

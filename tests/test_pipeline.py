@@ -14,6 +14,7 @@ from matplotlib.image import imread
 
 from e3jax import cli, files, outputs
 from e3jax.evaluate import exact
+from e3jax.hf import aside
 from e3jax.hf.export import export_new
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
@@ -232,7 +233,7 @@ def test_an_export_killed_before_its_name_is_made_again(copy, place):
     """What is there under the final name is whole; so a run goes on from any moment."""
     (copy / "export").rename(copy / ".export.partial-00000000")
     assert command(place, "export", f"out={copy}") == 0
-    assert (copy / "export" / outputs.RECORD).exists()
+    assert (copy / "export" / aside.RECORD).exists()
     assert not list(copy.glob(".export*"))
 
 

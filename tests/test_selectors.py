@@ -1,5 +1,6 @@
 """Layer scores against transformers with the layer deleted, and against published figures."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -104,6 +105,7 @@ def test_scores_are_those_of_transformers(tiny, form):
 
 def test_eight_devices_give_the_scores_of_one(tiny):
     _, params, cfg = tiny
+    params = jax.tree.map(np.asarray, params)  # of no device, so good for either mesh
     batch = as_batch([[row] for row in random_tokens(cfg.vocab_size, 12, rows=8)], 12)
     one = selectors.leave_one_out_kl(params, cfg, [batch], dtype=jnp.float32, chunk=16)
     flat = selectors.block_influence(params, cfg, [batch], dtype=jnp.float32)

@@ -139,7 +139,9 @@ def test_model_with_the_kernel_on_a_mesh(monkeypatch):
     for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(wanted)):
         scale, name = np.abs(b).max(), jax.tree_util.keystr(path)
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale, err_msg=name)
-        assert scale > 0
+        assert scale > 0 or name.endswith(
+            "['head']"
+        )  # which reads the hidden states, not makes them
 
 
 # ---------------------------------------------------------------- compiled for a TPU

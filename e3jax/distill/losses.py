@@ -150,7 +150,10 @@ def split_time(x: jax.Array, chunk: int) -> jax.Array:
     size = min(time, max(1, chunk // -(-rows // shards)))
     count = -(-time // size)
     x = jnp.pad(x, ((0, 0), (0, count * size - time)) + ((0, 0),) * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(rows, count, size, *x.shape[2:]), 1, 0)
+    shape = (rows, count, size, *x.shape[2:])
+    # Said here, since of a batch of one row a reshape forgets over which axes it is spread.
+    place = mesh.out(("batch",) + (None,) * x.ndim, shape)
+    return jnp.moveaxis(x.reshape(shape, out_sharding=place), 1, 0)
 
 
 def _place(x: Any) -> Any:

@@ -59,7 +59,9 @@ def fit(
         state, due = (state, True) if kept is None else (kept.state, bool(kept.due))
         if start == steps and not due:
             return state
-        metrics = Metrics(folder, name, start=start, steps=steps, write=processes.is_first())
+        metrics = Metrics(
+            folder, name, start=start, steps=steps, write=processes.is_first(), due=due
+        )
         stack.callback(metrics.close)
         late = _Late(metrics, patience)
         if start:

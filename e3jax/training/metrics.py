@@ -21,11 +21,18 @@ class Metrics:
     A step has a line with its `loss`; figures measured of the state after n steps have one of their
     own, with step n. folder: gets metrics.jsonl and tensorboard/. start: the step work goes on
     from; lines after it, written before a kill, are dropped, so the record is that of an
-    uninterrupted run.
+    uninterrupted run. due: so are the figures of `start` itself, which are measured again.
     """
 
     def __init__(
-        self, folder: pathlib.Path, name: str, *, start: int, steps: int, write: bool = True
+        self,
+        folder: pathlib.Path,
+        name: str,
+        *,
+        start: int,
+        steps: int,
+        write: bool = True,
+        due: bool = False,
     ) -> None:
         self._write, self._name, self._steps = write, name, steps
         self._tokens, self._begun, self._told = 0.0, time.monotonic(), 0.0
@@ -36,7 +43,7 @@ class Metrics:
 
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        kept = _drop_from(path, start)
+        kept = _drop_from(path, start, due)
         # A line is out before the checkpoint that follows it is: a kill cannot part them.
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  see close()
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
@@ -114,12 +121,13 @@ def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _drop_from(path: pathlib.Path, start: int) -> list[dict[str, Any]]:
+def _drop_from(path: pathlib.Path, start: int, due: bool) -> list[dict[str, Any]]:
     """Keeps the lines of steps before `start`, and the figures of its state, which came before the
-    checkpoint. Returns what is kept."""
+    checkpoint, unless they are still due. Returns what is kept."""
 
     def before(line: dict[str, Any]) -> bool:
-        return line["step"] < start or (0 < start == line["step"] and "loss" not in line)
+        figures = 0 < start == line["step"] and "loss" not in line and not due
+        return line["step"] < start or figures
 
     kept = [line for line in read_metrics(path.parent) if before(line)]
     aside = path.with_suffix(".partial")
