@@ -8,7 +8,7 @@ from typing import Any
 
 from e3jax import config, files
 from e3jax.errors import UserError
-from e3jax.hf import aside, copying, folders
+from e3jax.hf import aside, copying, hub
 from e3jax.hf import card as cards
 from e3jax.hf.cut import depth_of
 from e3jax.hf.families import read_json
@@ -59,7 +59,7 @@ def export(run: config.Run, mask_path: str, *, dry_run: bool = False) -> None:
     """
     if run.export.dtype != "source":
         raise UserError("export.dtype: --from-mask copies weights as they are stored: leave it out")
-    source = folders.resolve(run.model.path, run.model.revision)
+    source = hub.resolve(run.model.path, run.model.revision)
     out = pathlib.Path(run.out).expanduser()
     dense: dict[str, Any] = read_json(source / "config.json")
     mask = read_mask(pathlib.Path(mask_path).expanduser(), depth_of(dense))
