@@ -53,7 +53,16 @@ def cases(text):
     lines = [line.split() for line in text.strip().splitlines()]
     values = [(BY_NAME[m], *rest) for m, *rest in lines]
     names = ("sizes", "name", "case")[: len(lines[0])]
-    return pytest.mark.parametrize(names, values, ids=map("-".join, lines))
+    return pytest.mark.parametrize(names, values, ids=list(map("-".join, lines)))
+
+
+EVERY_MESH = cases("""
+1x8x1 odd
+1x4x2 odd
+1x2x4 odd
+2x2x2 odd
+1x2x4 even
+""")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -173,13 +182,7 @@ def scores(name):
 scores_are_the_same = same_as_one_device(scores, close)
 
 
-@cases("""
-1x8x1 odd
-1x4x2 odd
-1x2x4 odd
-2x2x2 odd
-1x2x4 even
-""")
+@EVERY_MESH
 def test_held_out_figures_importance_and_influence(sizes, name):
     scores_are_the_same(sizes, name)
 
@@ -281,13 +284,7 @@ def check_answers(found, want):
 answers_are_the_same = same_as_one_device(answers, check_answers)
 
 
-@cases("""
-1x8x1 odd
-1x4x2 odd
-1x2x4 odd
-2x2x2 odd
-1x2x4 even
-""")
+@EVERY_MESH
 def test_greedy_answers(sizes, name):
     answers_are_the_same(sizes, name)
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from e3jax import config
+from e3jax.data.teacher import estimate_bytes
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import count_params
 from e3jax.search.search import fixed_layers, resolve_keep
@@ -34,11 +35,6 @@ class Budget:
         )
 
 
-def cache_bytes(tokens: int, top_k: int) -> int:
-    """Uncompressed teacher cache: k ids (int32), k log-probabilities (float16), two float32."""
-    return tokens * (top_k * (4 + 2) + 8)
-
-
 def make_budget(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Budget:
     """The budget of `run` for a model. Raises UserError where keep, protect and force disagree."""
     keep = resolve_keep(run.search.keep, cfg.num_layers)
@@ -59,7 +55,7 @@ def make_budget(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Budget:
         search_tokens=search.steps * search.batch * window,
         scoring_tokens=(scores + search.swaps) * search.score_windows * window,
         distill_tokens=distill_tokens,
-        teacher_cache_bytes=cache_bytes(distill_tokens, distill.top_k)
+        teacher_cache_bytes=estimate_bytes(distill_tokens, distill.top_k)
         if distill.teacher == "cache"
         else 0,
         checkpoint_bytes=12 * after,  # parameters and two moments, float32
@@ -67,24 +63,24 @@ def make_budget(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Budget:
     )
 
 
-def describe(plan: Budget) -> str:
+def describe(counted: Budget) -> str:
     """The budget in words, a line a fact."""
-    ratio = plan.layers / plan.keep
-    saved = 1 - plan.params_after / plan.params_before
+    ratio = counted.layers / counted.keep
+    saved = 1 - counted.params_after / counted.params_before
     lines = [
-        ("layers", f"{plan.layers} -> {plan.keep} (ideal speed-up {ratio:.2f}x)"),
+        ("layers", f"{counted.layers} -> {counted.keep} (ideal speed-up {ratio:.2f}x)"),
         (
             "parameters",
-            f"{_si(plan.params_before)} -> {_si(plan.params_after)} ({saved:.0%} fewer)",
+            f"{_si(counted.params_before)} -> {_si(counted.params_after)} ({saved:.0%} fewer)",
         ),
-        ("importance", f"<= {_si(plan.importance_tokens)} tokens"),
-        ("search", f"<= {_si(plan.search_tokens)} tokens"),
-        ("held-out scores", f"<= {_si(plan.scoring_tokens)} tokens"),
-        ("distillation", f"<= {_si(plan.distill_tokens)} tokens"),
-        ("in all", f"<= {_si(plan.tokens)} tokens through masked or student models"),
-        ("teacher cache", f"{_si(plan.teacher_cache_bytes)}B before compression"),
-        ("checkpoint", f"{_si(plan.checkpoint_bytes)}B each"),
-        ("export", f"{_si(plan.export_bytes)}B"),
+        ("importance", f"<= {_si(counted.importance_tokens)} tokens"),
+        ("search", f"<= {_si(counted.search_tokens)} tokens"),
+        ("held-out scores", f"<= {_si(counted.scoring_tokens)} tokens"),
+        ("distillation", f"<= {_si(counted.distill_tokens)} tokens"),
+        ("in all", f"<= {_si(counted.tokens)} tokens through masked or student models"),
+        ("teacher cache", f"{_si(counted.teacher_cache_bytes)}B before compression"),
+        ("checkpoint", f"{_si(counted.checkpoint_bytes)}B each"),
+        ("export", f"{_si(counted.export_bytes)}B"),
     ]
     return "\n".join(f"  {name:<16} {text}" for name, text in lines)
 

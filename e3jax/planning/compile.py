@@ -22,7 +22,7 @@ from e3jax.errors import UserError
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.planning.chips import Topology
-from e3jax.planning.cost import activation_bytes
+from e3jax.planning.cost import activation_bytes, student_config
 from e3jax.search import search
 from e3jax.training.optim import make_optimizer
 
@@ -137,11 +137,6 @@ def train_inputs(run: config.Run, cfg: ModelConfig, source_dtype: str) -> tuple[
     elif recipe.teacher == "cache":
         stored = losses.abstract_topk(rows, window, recipe.top_k)
     return step, (state, teacher, decoder.abstract_batch(rows, window), stored)
-
-
-def student_config(run: config.Run, cfg: ModelConfig) -> ModelConfig:
-    """A student of a run. Layers may differ in their window: which are kept is not yet known."""
-    return cfg.take_layers(range(search.resolve_keep(run.search.keep, cfg.num_layers)))
 
 
 def search_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topology) -> Memory:

@@ -103,7 +103,7 @@ def recomputed(cfg: ModelConfig, time: int, remat: str) -> float:
 
 def train_flops(run: config.Run, cfg: ModelConfig) -> float:
     """A token of a distillation step: teacher forward, student forward, backward, recomputation."""
-    student, time = _student(run, cfg), run.data.window
+    student, time = student_config(run, cfg), run.data.window
     body, head = body_flops(student, time), head_flops(student)
     total = 3 * body + recomputed(student, time, run.model.remat) + 4 * head  # logits, twice; d 2
     if run.distill.teacher == "online":
@@ -121,12 +121,8 @@ def search_flops(run: config.Run, cfg: ModelConfig) -> float:
     return total
 
 
-def score_flops(run: config.Run, cfg: ModelConfig) -> float:
-    """A token of a held-out score: dense and masked forward."""
-    return 2 * (body_flops(cfg, run.data.window) + head_flops(cfg))
-
-
-def _student(run: config.Run, cfg: ModelConfig) -> ModelConfig:
+def student_config(run: config.Run, cfg: ModelConfig) -> ModelConfig:
+    """A student of a run. Layers may differ in their window: which are kept is not yet known."""
     return cfg.take_layers(range(resolve_keep(run.search.keep, cfg.num_layers)))
 
 
@@ -181,7 +177,7 @@ def _traffic(passes: list[Pass], mesh: Mesh) -> tuple[float, float, float]:
 
 def train_roofline(run: config.Run, cfg: ModelConfig, topology: Topology, mesh: Mesh) -> Roofline:
     """Of a distillation step."""
-    recipe, student = run.distill, _student(run, cfg)
+    recipe, student = run.distill, student_config(run, cfg)
     batch = -(-recipe.batch // mesh.shards) * mesh.shards
     micro = batch // (recipe.microbatch or batch)
     tokens = batch * run.data.window // micro

@@ -13,7 +13,6 @@ from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.planning import compile, cost
 from e3jax.planning.chips import Topology
-from e3jax.search.search import resolve_keep
 
 COMPILED = 3
 LARGEST_MODEL = 16  # tensor parallelism beyond a few chips sends more than it saves
@@ -111,7 +110,7 @@ def estimate(
     """Bytes a device of a distillation step: arrays by their shards, work space by its greatest
     parts. Within 1.5 of the compiler's (tests/test_planning.py)."""
     recipe, time = run.distill, run.data.window
-    student = cfg.take_layers(range(resolve_keep(run.search.keep, cfg.num_layers)))
+    student = cost.student_config(run, cfg)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh(sizes.replica, sizes.data, sizes.model)):
         wide = compile.local_bytes(decoder.abstract_params(student))
         dense = compile.local_bytes(decoder.abstract_params(cfg, jnp.dtype(source_dtype)))
