@@ -102,11 +102,11 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last save and raises what it met with."""
-        try:
-            with self._saving():
+        with self._saving():
+            try:
                 self._orbax.wait()
-        finally:
-            self._orbax.close()
+            finally:
+                self._orbax.close()  # meets the same lost folder again
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
