@@ -12,44 +12,9 @@ from e3jax.hf import aside, copying, hub
 from e3jax.hf import card as cards
 from e3jax.hf.cut import depth_of
 from e3jax.hf.families import read_json
+from e3jax.mask import read_mask
 
 log = logging.getLogger(__name__)
-
-SELECTORS = {
-    "e3": "E3-Pruner's differentiable mask search",
-    "shortgpt": "ShortGPT's block influence",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Mask:
-    """What a mask file must say; other fields are not needed here."""
-
-    keep: tuple[int, ...]  # ascending, counted from 0
-    num_layers: int  # of the dense model
-    checkpoint: str | None  # hash of the dense checkpoint that it was found on; None = not told
-    selector: str  # what chose the layers, in words
-
-
-def read_mask(path: pathlib.Path, num_layers: int) -> Mask:
-    """A mask.json, or any JSON object with `keep` and `num_layers`. Raises UserError."""
-    fields = read_json(path)
-    keep, depth, found_on = (fields.get(key) for key in ("keep", "num_layers", "checkpoint"))
-    if (
-        not isinstance(keep, list)
-        or not all(type(i) is int for i in keep)
-        or type(depth) is not int
-    ):
-        raise UserError(
-            f"{path}: not a mask file: expected keep, a list of layer numbers, and num_layers"
-        )
-    if depth != num_layers:
-        raise UserError(f"{path}: a mask of {depth} layers, and the model has {num_layers}")
-    if not keep or sorted(set(keep)) != keep or not 0 <= keep[0] <= keep[-1] < depth:
-        raise UserError(f"{path}: keep is {keep}; expected ascending numbers from 0 to {depth - 1}")
-    name = str(fields.get("selector") or "")
-    selector = SELECTORS.get(name, f"the selector {name}" if name else "a mask of unknown origin")
-    return Mask(tuple(keep), depth, found_on if isinstance(found_on, str) else None, selector)
 
 
 def export(run: config.Run, mask_path: str, *, dry_run: bool = False) -> None:
@@ -95,7 +60,7 @@ def export(run: config.Run, mask_path: str, *, dry_run: bool = False) -> None:
         keep=mask.keep,
         num_layers=mask.num_layers,
         recovered=False,
-        chosen_by=mask.selector,
+        chosen_by=mask.chosen_by,
     )
     record = {"model": identity, "keep": mask.keep, "num_layers": mask.num_layers}
     record |= {"mask_found_on": mask.checkpoint, "recovered": None}

@@ -18,11 +18,11 @@ from e3jax.hf import aside, families, folders, load
 from e3jax.hf import card as cards
 from e3jax.hf import export as hf_export
 from e3jax.job import Job
+from e3jax.mask import Mask
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Params
 from e3jax.models.generate import generate, make_greedy
-from e3jax.stages import Mask
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ def export(
         num_layers=job_.cfg.num_layers,
         rows=[row.shown() for row in rows],
         recovered=recovered,
+        chosen_by=mask.chosen_by,
     )
 
     def verify(folder: pathlib.Path) -> None:

@@ -15,13 +15,13 @@ from e3jax.errors import UserError
 from e3jax.evaluate import table
 from e3jax.hf import families, folders, hub
 from e3jax.job import Job
+from e3jax.mask import Mask, read_mask
 from e3jax.models import decoder
 from e3jax.models.decoder import Params
 from e3jax.planning import budget, ranking
 from e3jax.planning import plan as planning
 from e3jax.planning.chips import Topology
 from e3jax.report import pictures
-from e3jax.stages import Mask
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def _mask(job_: Job) -> Mask:
     given = job_.run.distill.mask
     if given is None:
         return stages.search_mask(job_)
-    return stages.read_mask(pathlib.Path(given).expanduser(), job_.cfg)
+    return read_mask(pathlib.Path(given).expanduser(), job_.cfg.num_layers)
 
 
 def _evaluate(job_: Job, mask: Mask, student: Params) -> list[table.Row]:

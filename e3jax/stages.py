@@ -17,6 +17,7 @@ from e3jax.distill import distill, losses
 from e3jax.errors import UserError
 from e3jax.evaluate.figures import make_figures
 from e3jax.job import Job
+from e3jax.mask import Mask, read_mask
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Params
@@ -32,38 +33,6 @@ CALIBRATION_WINDOWS = 64  # whose mean teacher entropy is the H of the token wei
 # ---------------------------------------------------------------- stage 1: the mask
 
 
-@dataclasses.dataclass(frozen=True)
-class Mask:
-    """The answer of a selector: the contents of mask.json."""
-
-    selector: str
-    num_layers: int
-    keep: tuple[int, ...]  # ascending
-    order: tuple[int, ...]  # removed layers, the least wanted first
-    scores: tuple[float, ...]  # per layer, what the selector judged by (theta, or importance)
-    kl: float  # held-out KL to the dense model, nats a token, not recovered
-    tokens: int  # processed by masked models
-    seed: int
-    checkpoint: str  # hash of the dense checkpoint
-    config: str  # hash of the stage's inputs
-
-
-def read_mask(path: pathlib.Path, cfg: ModelConfig) -> Mask:
-    """A mask file. Raises UserError when it is missing, broken or of another depth."""
-    try:
-        fields = files.read_json(path)
-        mask = Mask(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-    except OSError as error:
-        raise UserError(f"{path}: no mask file: {error.strerror}; run `search` first") from error
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a mask file of this program: {error}") from error
-    if mask.num_layers != cfg.num_layers or not set(mask.keep) <= set(range(cfg.num_layers)):
-        raise UserError(
-            f"{path}: a mask of {mask.num_layers} layers, and the model has {cfg.num_layers}"
-        )
-    return mask
-
-
 def search_mask(job_: Job) -> Mask:
     """Stage 1: search/mask.json, by the Gumbel-TopK search."""
     run, cfg, spec = job_.run, job_.cfg, job_.run.search
@@ -77,7 +46,7 @@ def search_mask(job_: Job) -> Mask:
     )
     path = folder / "mask.json"
     if processes.from_first(path.exists):
-        mask = read_mask(path, cfg)
+        mask = read_mask(path, cfg.num_layers)
         if mask.config == files.fingerprint(inputs):
             log.info("search: finished before; keeping layers %s", list(mask.keep))
             return mask
@@ -158,7 +127,7 @@ def search_mask(job_: Job) -> Mask:
     )
     if processes.is_first():
         files.write_json(path, mask)
-    log.info("search: keeping layers %s, held-out KL %.4f", list(mask.keep), mask.kl)
+    log.info("search: keeping layers %s, held-out KL %.4f", list(mask.keep), best_kl)
     return mask
 
 
@@ -208,7 +177,6 @@ def shortgpt_mask(job_: Job) -> Mask:
         keep=tuple(chosen["keep"]),
         order=tuple(chosen["order"]),
         scores=tuple(chosen["scores"]),
-        kl=float("nan"),
         tokens=chosen["tokens"],
         seed=job_.run.seed,
         checkpoint=job_.identity,

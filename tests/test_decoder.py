@@ -255,14 +255,14 @@ def test_recomputing_changes_nothing():
 def test_what_the_model_axis_does_not_divide_is_replicated():
     with set_mesh(1, 2, 4):  # 2 key-value heads over 4
         specs = decoder.param_specs(SMALL)
-        assert tuple(specs["layers"]["q"]) == (None, "data", None, None, None)
-        assert tuple(specs["layers"]["gate"]) == (None, "data", "model")
+        assert tuple(specs["layers"]["q"]) == (None, None, None, None, "data")
+        assert tuple(specs["layers"]["gate"]) == (None, "model", "data")
         assert tuple(specs["embed"]) == ("model", "data")
         params = decoder.init_params(jax.random.key(0), SMALL)
         shard = params["layers"]["gate"].addressable_shards[0].data
-        assert shard.shape == (4, SMALL.width // 2, SMALL.mlp_width // 4)
+        assert shard.shape == (4, SMALL.mlp_width // 4, SMALL.width // 2)
     with set_mesh(1, 4, 2):
-        assert decoder.param_specs(SMALL)["layers"]["q"][2] == "model"
+        assert decoder.param_specs(SMALL)["layers"]["q"][1] == "model"
 
 
 def test_init_does_not_depend_on_the_mesh():

@@ -373,6 +373,7 @@ def test_card():
         license_keys=license_keys,
         keep=[0, 2, 3],
         num_layers=5,
+        chosen_by="the selector z",
         rows=[{"model": "dense", "exact match": 0.98125}, {"model": "a|b", "exact match": 0.5}],
     )
     front = yaml.safe_load(card.split("---\n")[1])
@@ -381,6 +382,7 @@ def test_card():
     assert front["library_name"] == "transformers" and front["pipeline_tag"] == "text-generation"
     for text in (
         "3 of its 5 decoder layers",
+        "the selector z",
         "counted from 0): 0, 2, 3\n",
         "removed layers: 1, 4\n",
         "| model | exact match |\n| --- | --- |\n| dense | 0.9812 |\n| a\\|b | 0.5 |",
@@ -392,7 +394,7 @@ def test_card():
 
 
 def test_card_of_a_local_raw_model():
-    options = {"name": "x", "keep": [0], "num_layers": 2, "recovered": False}
+    options = {"name": "x", "keep": [0], "num_layers": 2, "recovered": False, "chosen_by": "y"}
     card = model_card(base_model="./runs/a", license_keys={}, **options)
     front = yaml.safe_load(card.split("---\n")[1])
     assert "base_model" not in front and "license" not in front

@@ -25,17 +25,17 @@ def problem(seed=0, b=B, t=T):
     mask[:, 0] = True
     return {
         "h": normal(b, t, D),
-        "head": normal(D, V),
+        "head": normal(V, D),
         "targets": rng.integers(0, V, (b, t)).astype(np.int32),
         "mask": mask,
         "h_t": normal(b, t, D),
-        "head_t": normal(D, V),
+        "head_t": normal(V, D),
     }
 
 
 def top_k(x, k, temperature, dtype=np.float32):
     """The stored teacher of a problem, in numpy float64."""
-    z = np.einsum("btd,dv->btv", x["h_t"].astype(np.float64), x["head_t"]) / temperature
+    z = np.einsum("btd,vd->btv", x["h_t"].astype(np.float64), x["head_t"]) / temperature
     logp = z - np.log(np.exp(z).sum(-1, keepdims=True))
     ids = np.argsort(-logp, axis=-1, kind="stable")[..., :k].astype(np.int32)
     entropy = -(np.exp(logp) * logp).sum(-1).astype(np.float32)
@@ -71,7 +71,7 @@ def dense(x, o, k):
         return jnp.sum(p * jnp.log(p / q), -1)
 
     def loss(h, head):
-        z_q, z_p = h @ head, x["h_t"].astype(np.float64) @ x["head_t"]
+        z_q, z_p = h @ head.T, x["h_t"].astype(np.float64) @ x["head_t"].T
         nll = -jnp.log(jnp.take_along_axis(softmax(z_q), x["targets"][..., None], -1))[..., 0]
         if k == 0:
             return jnp.sum(x["mask"] * nll), {"weight": x["mask"].sum(1), "nll": x["mask"] * nll}
@@ -183,12 +183,12 @@ def test_a_student_equal_to_its_teacher():
 @pytest.mark.parametrize("k", [0, None, 5])
 def test_agreement_counts_equal_arg_maxima(k):
     x, o = problem(), Objective(chunk=8)
-    q = np.argmax(x["h"] @ x["head"], -1)
-    p = x["targets"] if k == 0 else np.argmax(x["h_t"] @ x["head_t"], -1)
+    q = np.argmax(x["h"] @ x["head"].T, -1)
+    p = x["targets"] if k == 0 else np.argmax(x["h_t"] @ x["head_t"].T, -1)
     p[0], x["targets"][0] = q[0], q[0]  # some of both
     if k != 0:
         x["h_t"][0], x["head_t"] = x["h"][0], x["head"]
-        p = np.argmax(x["h_t"] @ x["head_t"], -1)
+        p = np.argmax(x["h_t"] @ x["head_t"].T, -1)
     sums = chunked(x["h"], x["head"], x, teacher_of(x, o, k), o)[0]
     np.testing.assert_array_equal(sums.agree, (x["mask"] & (p == q)).sum(1))
 
@@ -261,7 +261,7 @@ def test_teacher_top_k():
         np.testing.assert_array_equal(ids, known.ids)
         np.testing.assert_allclose(logp, known.logp, atol=1e-5)
         np.testing.assert_allclose(entropy, known.entropy, atol=1e-5)
-        z = x["h_t"] @ x["head_t"] / temperature
+        z = x["h_t"] @ x["head_t"].T / temperature
         np.testing.assert_allclose(normaliser, np.log(np.exp(z).sum(-1)), atol=1e-5)
 
 
@@ -315,7 +315,7 @@ def test_sharded_equals_unsharded(shape, k):
     known = top_k(x, 5, 2.0)
     with jax.set_mesh(mesh.make_mesh(*shape)):
         rows = mesh.shard_batch({n: x[n] for n in ("h", "targets", "mask", "h_t")})
-        place = mesh.sharding(("embed", "vocab"))
+        place = mesh.sharding(("vocab", "embed"))
         head, head_t = (jax.device_put(x[n], place) for n in ("head", "head_t"))
         teacher = {0: None, None: Online(rows["h_t"], head_t)}.get(k, mesh.shard_batch(known))
         found = chunked(rows["h"], head, rows, teacher, o)

@@ -178,12 +178,40 @@ def touched(place, number, out):
     return {path.parts[0].split(".partial")[0] for path in inside if "steps" not in path.parts}
 
 
-def test_four_processes_fill_a_teacher_cache_and_export(place, single):
-    """On a mesh of data 2 x model 2: the cache, and what is learnt from it, are one process's."""
-    mask = f"distill.mask={single}/search/mask.json"
-    run(place, 1, "export", f"out={place}/cached", mask, *CACHE, devices=2)
-    run(place, 4, "export", f"out={place}/four", mask, *CACHE, "mesh.model=2")
+def wait_for(place, started, record, lines):
+    """Returns when a record has so many lines."""
+    end = time.monotonic() + 200
+    while not record.exists() or len(record.read_bytes().splitlines()) < lines:
+        assert all(process.poll() is None for process in started), said(place)
+        assert time.monotonic() < end, said(place)
+        time.sleep(0.01)
+
+
+def test_four_processes_stopped_and_started_again(place, single):
+    """On a mesh of data 2 x model 2: told to stop in the search, they stop at the same step, and
+    when they go on the mask, the teacher cache and what is learnt from it are one process's."""
+    run(
+        place,
+        1,
+        "export",
+        f"out={place}/cached",
+        f"distill.mask={single}/search/mask.json",
+        *CACHE,
+        devices=2,
+    )
     ours, theirs = place / "four", place / "cached"
+    arguments = ("export", "--config", str(place / "tiny.yaml"), f"out={ours}", *CACHE)
+    started = start(place, 4, *arguments, "mesh.model=2")
+    wait_for(place, started, ours / "search" / "metrics.jsonl", 4)
+    started[3].send_signal(signal.SIGTERM)
+    assert finish(place, started) == [128 + signal.SIGTERM] * 4, said(place)
+    assert re.search(r"told to stop(: saving| while) step \d+", said(place))
+
+    run(place, 4, "export", f"out={ours}", *CACHE, "mesh.model=2")
+    assert "search: going on from the checkpoint of step" in said(place)
+    masks = [read_json(out / "search" / "mask.json") for out in (ours, single)]
+    assert masks[0]["keep"] == masks[1]["keep"]
+    np.testing.assert_allclose(masks[0]["scores"], masks[1]["scores"], atol=1e-4)
     read = [load_file(out / "export" / "model.safetensors") for out in (ours, theirs)]
     for name, array in read[0].items():
         np.testing.assert_allclose(array, read[1][name], atol=1e-5, err_msg=name)
@@ -195,29 +223,17 @@ def test_four_processes_fill_a_teacher_cache_and_export(place, single):
         assert only_gloo(said(place, number))
 
 
-def wait_for(place, started, record, lines):
-    """Returns when a record has so many lines."""
-    end = time.monotonic() + 200
-    while not record.exists() or len(record.read_bytes().splitlines()) < lines:
-        assert all(process.poll() is None for process in started), said(place)
-        assert time.monotonic() < end, said(place)
-        time.sleep(0.01)
-
-
-def test_a_process_that_dies_or_is_told_to_stop(place, single):
-    """SIGKILL of one ends the other, SIGTERM of one stops both, while they load and at the same
-    step; then one process alone, of as many devices, goes on from their checkpoints to the same
-    result."""
+def test_on_one_process_and_two_and_one_again(place, single):
+    """A single process is told to stop in the search; two of as many devices in all go on, are told
+    to stop while they load, go on, and end when one of them dies in the distillation; a single one
+    ends the job, with the result of one that nothing disturbed."""
     out = place / "disturbed"
     again = ("run", "--config", str(place / "tiny.yaml"), f"out={out}")
 
-    started = start(place, 2, *again)
-    wait_for(place, started, out / "search" / "metrics.jsonl", 6)
-    started[1].send_signal(signal.SIGKILL)
-    begun = time.monotonic()
-    codes = finish(place, started)
-    assert codes[0] not in (0, 2) and codes[1] == -signal.SIGKILL
-    assert time.monotonic() - begun < 2 * processes.HEARTBEAT_S
+    started = start(place, 1, *again, devices=2)
+    wait_for(place, started, out / "search" / "metrics.jsonl", 4)
+    started[0].send_signal(signal.SIGTERM)
+    assert finish(place, started) == [128 + signal.SIGTERM], said(place)
 
     started = start(place, 2, *again)
     wait_for(place, started, place / "log-0.txt", 2)  # the model's line
@@ -227,10 +243,13 @@ def test_a_process_that_dies_or_is_told_to_stop(place, single):
     assert time.monotonic() - begun < 3 * notice.GRACE_S
 
     started = start(place, 2, *again)
-    wait_for(place, started, out / "distill" / "metrics.jsonl", 3)
-    started[1].send_signal(signal.SIGTERM)
-    assert finish(place, started) == [128 + signal.SIGTERM] * 2, said(place)
-    assert re.search(r"told to stop(: saving| while) step \d+", said(place))
+    wait_for(place, started, out / "distill" / "metrics.jsonl", 5)
+    assert "search: going on from the checkpoint of step" in said(place)
+    started[1].send_signal(signal.SIGKILL)
+    begun = time.monotonic()
+    codes = finish(place, started)
+    assert codes[0] not in (0, 2) and codes[1] == -signal.SIGKILL
+    assert time.monotonic() - begun < 2 * processes.HEARTBEAT_S
 
     run(place, 1, "run", f"out={out}", devices=2)
     assert "distill: going on from the checkpoint of step" in said(place)

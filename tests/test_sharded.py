@@ -402,9 +402,9 @@ def test_weights_are_gathered_a_layer_at_a_time_and_the_head_once():
     for inside, operation, dtype, shape in sent:
         if operation == "all-gather" and dtype == "f32":
             gathered[inside].append(shape)
-    size, head = cfg.width, (cfg.width, 89)
-    layers = {"q": (size, 2, 2, 8), "k": (size, 2, 8), "o": (2, 2, 8, size)}
-    layers |= {"up": (size, 23), "down": (23, size)}
+    size, head = cfg.width, (89, cfg.width)
+    layers = {"q": (2, 2, 8, size), "k": (2, 8, size), "o": (size, 2, 2, 8)}
+    layers |= {"up": (23, size), "down": (size, 23)}
     assert set(gathered[True]) == set(layers.values())
     assert gathered[False] == [head, head]  # the student's and the teacher's
     by_vocabulary = [(inside, op, shape) for inside, op, _, shape in sent if 89 in shape]
@@ -416,7 +416,7 @@ def test_weights_are_gathered_a_layer_at_a_time_and_the_head_once():
 def test_what_the_mesh_does_not_divide_is_said():
     cfg = dataclasses.replace(MODELS["odd"], mlp_width=48)
     with set_mesh(1, 2, 4):
-        assert decoder.param_specs(cfg)["layers"]["q"][2:4] == (None, "model")
+        assert decoder.param_specs(cfg)["layers"]["q"][1:3] == (None, "model")
         lines = decoder.replicated(cfg, "bfloat16")
     assert [line.split(" (")[0] for line in lines] == [
         "mesh.model=4 does not divide vocab=97; replicated over it: embed, head",

@@ -30,7 +30,7 @@ ORDER = (
     {"training"},
     {"distill"},
     {"search"},
-    {"job"},
+    {"job", "mask"},
     {"evaluate", "planning", "teaching"},
     {"stages"},
     {"from_mask", "outputs", "report"},

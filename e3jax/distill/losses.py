@@ -40,7 +40,7 @@ class Objective:
 
 @flax.struct.dataclass
 class Online:
-    """A teacher in the step: its final hidden states [B, T, D] and head [D, V]."""
+    """A teacher in the step: its final hidden states [B, T, D] and head [V, D]."""
 
     h: jax.Array
     head: jax.Array
@@ -94,7 +94,7 @@ def token_sums(
 ) -> Sums:
     """Sums of the objective for each row.
 
-    h: student's final hidden states [B, T, D]; head: [D, V], float32 if it is to be trained (its
+    h: student's final hidden states [B, T, D]; head: [V, D], float32 if it is to be trained (its
     gradient accumulates over chunks in its own dtype); targets int32, mask bool [B, T].
     teacher None: next-token cross-entropy alone, which is KL from the targets. mean_entropy: H of
     the weights, nats.

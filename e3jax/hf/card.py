@@ -37,9 +37,9 @@ def model_card(
     license_keys: Mapping[str, str],
     keep: Sequence[int],
     num_layers: int,
+    chosen_by: str,
     rows: Sequence[Mapping[str, Any]] = (),
     recovered: bool = True,
-    chosen_by: str = "E3-Pruner's differentiable mask search",
 ) -> str:
     """README.md, in Markdown, of a pruned model.
 

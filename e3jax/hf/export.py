@@ -143,10 +143,10 @@ def _pieces(
         whole = leaf if t.layer is None else _layer(leaf, t.layer)
         if not whole.is_fully_addressable:
             whole = multihost_utils.process_allgather(whole, tiled=True)
-        stored = t.as_stored(np.asarray(whole))
-        for cut in blocks.cuts(len(stored), stored[:1].size * dtype.itemsize):
-            piece = np.empty(stored[cut].shape, dtype)
-            blocks.copy(piece, stored[cut])
+        ours = np.asarray(whole)
+        for cut in blocks.cuts(len(ours), ours[:1].size * dtype.itemsize):
+            with np.errstate(over="ignore"):  # what overflows the dtype is told by its name
+                piece = ours[cut].astype(dtype, copy=False)
             if not blocks.finite(piece):
                 raise UserError(f"{t.name}: NaN or infinite in {dtype.name}; nothing was exported")
             yield t, piece

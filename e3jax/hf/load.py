@@ -1,8 +1,9 @@
 """A Hugging Face checkpoint -> sharded parameters. Strict, and each process reads only its part.
 
-Tensors are read in the order they lie on the disk, in pieces that are checked, cast, transposed and
-put where they belong while they are in the cache. Where the devices' memory is the host's (CPU), it
-is filled directly; elsewhere a leaf grows on the devices, one layer's tensor after the other.
+Tensors are read in the order they lie on the disk, in pieces that are checked while they are in the
+cache. Where the devices' memory is the host's (CPU), it is read into directly; elsewhere a leaf
+grows on the devices, one layer's tensor after the other, through host memory that is used again:
+the first touch of fresh pages takes longer than the reading.
 """
 
 import collections
@@ -27,7 +28,7 @@ from e3jax.hf.reading import Box
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 
-THREADS = min(8, 2 * (os.cpu_count() or 1))  # one waits for the disk while another transposes
+THREADS = min(8, 2 * (os.cpu_count() or 1))  # one waits for the disk while another checks
 AHEAD = 4  # tensors that are being read while the oldest of them is put in its place
 ALIGNMENT = 4096  # bytes; from 64 on a CPU device takes host memory as it is
 
@@ -38,7 +39,7 @@ def load_params(
     """Parameters of a checkpoint, sharded as `decoder.abstract_params` says under the mesh set.
 
     dtype None = `source_dtype`. Beyond the arrays, the host needs memory for THREADS pieces of a
-    few MB, and with accelerators for AHEAD + 1 tensors (each of one layer). Raises UserError on
+    few MB, and with accelerators for a layer and AHEAD + 1 tensors. Raises UserError on
     anything that is not exactly the model of config.json, and on NaN or infinite weights, naming
     the tensors.
     """
@@ -52,6 +53,7 @@ def load_params(
     arrays: dict[tuple[str, ...], jax.Array] = {}
     finite = np.ones(len(both), bool)
     waiting: collections.deque = collections.deque()
+    free = collections.defaultdict(list)  # host memory of a leaf's layers that are on the devices
 
     def finish() -> None:
         number, tensor, parts, reads = waiting.popleft()
@@ -64,19 +66,22 @@ def load_params(
             return
         if tensor.leaf not in arrays:
             arrays[tensor.leaf] = _zeros(leaf)
-        arrays[tensor.leaf] = _set(
-            arrays[tensor.leaf], _array(mesh.part_of_stack(leaf), parts), tensor.layer
-        )
+        row = _array(mesh.part_of_stack(leaf), parts, may_alias=False)
+        arrays[tensor.leaf] = _set(arrays[tensor.leaf], row, tensor.layer)
+        row.block_until_ready()
+        free[tensor.leaf].append(parts)
 
     by_place = sorted(enumerate(both), key=lambda item: (item[1][1].path, item[1][1].start))
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         try:
             for number, (tensor, stored) in by_place:
                 leaf, parts = leaves[tensor.leaf], on_host.get(tensor.leaf)
-                if parts is None:
-                    parts = _empty(leaf if tensor.layer is None else mesh.part_of_stack(leaf))
-                elif tensor.layer is not None:
+                if parts is not None and tensor.layer is not None:
                     parts = {box[1:]: part[tensor.layer] for box, part in parts.items()}
+                elif parts is None and free[tensor.leaf]:
+                    parts = free[tensor.leaf].pop()
+                elif parts is None:
+                    parts = _empty(leaf if tensor.layer is None else mesh.part_of_stack(leaf))
                 waiting.append((number, tensor, parts, reading.submit(pool, tensor, stored, parts)))
                 if len(waiting) > AHEAD:
                     finish()
@@ -128,14 +133,16 @@ def _empty(leaf: jax.ShapeDtypeStruct) -> dict[Box, np.ndarray]:
     return parts
 
 
-def _array(leaf: jax.ShapeDtypeStruct, parts: Mapping[Box, np.ndarray]) -> jax.Array:
-    """The array whose parts these are; a CPU device takes the memory of a part as it is."""
+def _array(
+    leaf: jax.ShapeDtypeStruct, parts: Mapping[Box, np.ndarray], may_alias: bool | None = None
+) -> jax.Array:
+    """The array whose parts these are; a CPU device may take the memory of a part as it is."""
     taken: set[Box] = set()
     shards = []
     for device, box in _boxes(leaf).items():
         part = parts[box].copy() if box in taken else parts[box]  # two devices never share it
         taken.add(box)
-        shards.append(jax.device_put(part, device))
+        shards.append(jax.device_put(part, device, may_alias=may_alias))
     return jax.make_array_from_single_device_arrays(leaf.shape, _sharding(leaf), shards)
 
 

@@ -32,16 +32,12 @@ def submit(
 
     What several parts have in common is read once. The results: whether all was finite.
     """
-    back = np.argsort(tensor.order)
-    targets = [
-        (tuple(box[axis] for axis in back), tensor.as_stored(part)) for box, part in parts.items()
-    ]
     row_bytes = math.prod(tensor.split[1:]) * DTYPES[stored.code].itemsize
     reads = []
-    for (begin, end), *rest in merged([box for box, _ in targets]):
+    for (begin, end), *rest in merged(list(parts)):
         for cut in blocks.cuts(end - begin, row_bytes):
             box = ((begin + cut.start, begin + cut.stop), *rest)
-            reads.append(pool.submit(_fill, stored, tensor.split, box, targets))
+            reads.append(pool.submit(_fill, stored, tensor.split, box, parts))
     return reads
 
 
@@ -62,43 +58,48 @@ def merged(boxes: Sequence[Box]) -> list[Box]:
     return found
 
 
-def _fill(
-    stored: Stored, shape: Sequence[int], box: Box, targets: Sequence[tuple[Box, np.ndarray]]
-) -> bool:
-    """Reads a box and copies it to the targets; whether it is finite in their dtype."""
-    found = read(stored, shape, box)
-    dtype = targets[0][1].dtype
-    if found.dtype != dtype:
-        with np.errstate(over="ignore"):  # what overflows the dtype is told by its name
-            found = found.astype(dtype)
-    for place, part in targets:
+def _fill(stored: Stored, shape: Sequence[int], box: Box, parts: Mapping[Box, np.ndarray]) -> bool:
+    """Reads a box to where the parts have it; whether it is finite in their dtype."""
+    dtype = DTYPES[stored.code]
+    sizes = tuple(end - begin for begin, end in box)
+    targets = []
+    for place, part in parts.items():
         common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, place, strict=True)]
         if all(a < b for a, b in common):
             to = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, place))
             of = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(common, box))
-            blocks.copy(part[to], found[of])
+            targets.append((part[to], of))
+    first = targets[0][0]
+    if first.shape == sizes and first.dtype == dtype and first.flags.c_contiguous:
+        read(stored, shape, box, first)
+        return blocks.finite(first)
+    found = _buffer(math.prod(sizes) * dtype.itemsize).view(dtype).reshape(sizes)
+    read(stored, shape, box, found)
+    if first.dtype != dtype:
+        with np.errstate(over="ignore"):  # what overflows the dtype is told by its name
+            found = found.astype(first.dtype)
+    for part, of in targets:
+        blocks.bits(part)[...] = blocks.bits(found)[of]
     return blocks.finite(found)
 
 
-def read(stored: Stored, shape: Sequence[int], box: Box) -> np.ndarray:
-    """A box of a tensor seen as `shape`, and no byte beside it: the one place that reads weights.
+def read(stored: Stored, shape: Sequence[int], box: Box, to: np.ndarray) -> None:
+    """Fills contiguous `to` with a box of a tensor seen as `shape`, and reads no byte beside it.
 
-    Good until the same thread reads again.
+    The one place that reads weights.
     """
-    dtype = DTYPES[stored.code]
     sizes = [end - begin for begin, end in box]
-    steps = [math.prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(len(shape))]
+    steps = [math.prod(shape[axis + 1 :]) * to.itemsize for axis in range(len(shape))]
     # The last axis that is not whole: from there on bytes lie together.
     last = max((axis for axis in range(len(shape)) if sizes[axis] != shape[axis]), default=0)
-    run = math.prod(sizes[last:]) * dtype.itemsize
+    run = math.prod(sizes[last:]) * to.itemsize
     first = stored.start + box[last][0] * steps[last]
     outer = itertools.product(*(range(begin, end) for begin, end in box[:last]))
-    buffer = _buffer(math.prod(sizes) * dtype.itemsize)
+    memory = memoryview(to.reshape(-1).view(np.uint8))
     with stored.path.open("rb", 0) as file:
         for i, places in enumerate(outer):
             offset = first + sum(p * step for p, step in zip(places, steps))
-            _read_into(file.fileno(), buffer[i * run : (i + 1) * run], offset, stored)
-    return np.frombuffer(buffer, dtype).reshape(sizes)
+            _read_into(file.fileno(), memory[i * run : (i + 1) * run], offset, stored)
 
 
 def _read_into(handle: int, part: memoryview, offset: int, stored: Stored) -> None:
@@ -109,8 +110,8 @@ def _read_into(handle: int, part: memoryview, offset: int, stored: Stored) -> No
         part, offset = part[size:], offset + size
 
 
-def _buffer(nbytes: int) -> memoryview:
+def _buffer(nbytes: int) -> np.ndarray:
     """Memory of this thread that is used again: fresh pages cost as much as the copy."""
     if len(getattr(_thread, "buffer", b"")) < nbytes:
         _thread.buffer = np.empty(nbytes, np.uint8)
-    return memoryview(_thread.buffer)[:nbytes]
+    return _thread.buffer[:nbytes]

@@ -154,9 +154,9 @@ def attention(
     cfg: ModelConfig,
 ) -> jax.Array:
     """Self-attention; `attend` knows who sees whom, and in decoding the keys that came before."""
-    q = _project("btd,dkgh->btkgh", x_btd, w["q"], ("batch", None, "heads", "groups", None))
-    k = _project("btd,dkh->btkh", x_btd, w["k"], ("batch", None, "heads", None))
-    v = _project("btd,dkh->btkh", x_btd, w["v"], ("batch", None, "heads", None))
+    q = _project("btd,kghd->btkgh", x_btd, w["q"], ("batch", None, "heads", "groups", None))
+    k = _project("btd,khd->btkh", x_btd, w["k"], ("batch", None, "heads", None))
+    v = _project("btd,khd->btkh", x_btd, w["v"], ("batch", None, "heads", None))
     if cfg.qkv_bias:
         q, k, v = (
             y + w[f"{n}_bias"].astype(y.dtype) for n, y in zip("qkv", (q, k, v), strict=True)
@@ -167,18 +167,18 @@ def attention(
         k = rms_norm(k, w["k_norm"], cfg.norm_eps)
     q, k = rope.rotate(q, cos_sin), rope.rotate(k, cos_sin)
     y = attend(q, k, v)
-    y = _project("btkgh,kghd->btd", y, w["o"], ("batch", None, None))
+    y = _project("btkgh,dkgh->btd", y, w["o"], ("batch", None, None))
     return y + w["o_bias"].astype(y.dtype) if cfg.out_bias else y
 
 
 def mlp(w: Params, x_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
     """Gated feed-forward network."""
-    gate = _project("btd,df->btf", x_btd, w["gate"], ("batch", None, "mlp"))
-    up = _project("btd,df->btf", x_btd, w["up"], ("batch", None, "mlp"))
+    gate = _project("btd,fd->btf", x_btd, w["gate"], ("batch", None, "mlp"))
+    up = _project("btd,fd->btf", x_btd, w["up"], ("batch", None, "mlp"))
     if cfg.mlp_bias:
         gate, up = gate + w["gate_bias"].astype(gate.dtype), up + w["up_bias"].astype(up.dtype)
     y = ACTIVATIONS[cfg.activation](gate) * up
-    y = _project("btf,fd->btd", y, w["down"], ("batch", None, None))
+    y = _project("btf,df->btd", y, w["down"], ("batch", None, None))
     return y + w["down_bias"].astype(y.dtype) if cfg.mlp_bias else y
 
 
@@ -261,20 +261,19 @@ def hidden(
 
 
 def head(params: Params, cfg: ModelConfig) -> jax.Array:
-    """Output head [D, V], as stored, but whole over the batch axes: all chunks of a loss use it."""
-    stored = params["embed"].T if cfg.tied else params["head"]
-    return mesh.gather(stored, ("embed", "vocab"))
+    """Output head [V, D], as stored, but whole over the batch axes: all chunks of a loss use it."""
+    return mesh.gather(params["embed" if cfg.tied else "head"], ("vocab", "embed"))
 
 
-def unembed(h_btd: jax.Array, head_dv: jax.Array) -> jax.Array:
+def unembed(h_btd: jax.Array, head_vd: jax.Array) -> jax.Array:
     """float32 logits [B, T, V], multiplied in the dtype of `h_btd`."""
     return jnp.einsum(
-        "btd,dv->btv",
+        "btd,vd->btv",
         h_btd,
-        head_dv.astype(h_btd.dtype),
+        head_vd.astype(h_btd.dtype),
         precision=precision(h_btd.dtype),
         preferred_element_type=jnp.float32,
-        out_sharding=mesh.out(("batch", None, "vocab"), (*h_btd.shape[:2], head_dv.shape[1])),
+        out_sharding=mesh.out(("batch", None, "vocab"), (*h_btd.shape[:2], head_vd.shape[0])),
     )
 
 

@@ -1,6 +1,7 @@
 """Every parameter of a model: names, shapes and axes. Without jax: reading needs no more.
 
-Axes as in decoder.py.
+Axes as in decoder.py, in the order of Hugging Face's files (a matrix is [out, in]): loading and
+exporting are copies of bytes, which no transposition slows down.
 """
 
 import math
@@ -31,14 +32,14 @@ def param_table(cfg: ModelConfig) -> Params:
 
     layers = {
         "attn_norm": layer((D,), (None,), None),
-        "q": layer((D, K, G, H), ("embed", "heads", "groups", None), std),
-        "k": layer((D, K, H), ("embed", "heads", None), std),
-        "v": layer((D, K, H), ("embed", "heads", None), std),
-        "o": layer((K, G, H, D), ("heads", "groups", None, "embed"), std_out),
+        "q": layer((K, G, H, D), ("heads", "groups", None, "embed"), std),
+        "k": layer((K, H, D), ("heads", None, "embed"), std),
+        "v": layer((K, H, D), ("heads", None, "embed"), std),
+        "o": layer((D, K, G, H), ("embed", "heads", "groups", None), std_out),
         "mlp_norm": layer((D,), (None,), None),
-        "gate": layer((D, F), ("embed", "mlp"), std),
-        "up": layer((D, F), ("embed", "mlp"), std),
-        "down": layer((F, D), ("mlp", "embed"), std_out),
+        "gate": layer((F, D), ("mlp", "embed"), std),
+        "up": layer((F, D), ("mlp", "embed"), std),
+        "down": layer((D, F), ("embed", "mlp"), std_out),
     }
     if cfg.qkv_bias:
         layers["q_bias"] = layer((K, G, H), ("heads", "groups", None), 0.0)
@@ -59,7 +60,7 @@ def param_table(cfg: ModelConfig) -> Params:
         "final_norm": Leaf((D,), (None,), None),
     }
     if not cfg.tied:
-        table["head"] = Leaf((D, V), ("embed", "vocab"), std)
+        table["head"] = Leaf((V, D), ("vocab", "embed"), std)
     return table
 
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from e3jax import files
 from e3jax.job import Job
+from e3jax.mask import Mask
 from e3jax.report import plots
-from e3jax.stages import Mask
 from e3jax.training.metrics import read_metrics
 
 log = logging.getLogger(__name__)

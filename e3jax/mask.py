@@ -1,0 +1,63 @@
+"""mask.json: which layers stay, and how that was found. Without jax."""
+
+import dataclasses
+import pathlib
+
+from e3jax.errors import UserError
+from e3jax.hf.families import read_json
+
+SELECTORS = {
+    "given": "a mask of unknown origin",
+    "e3": "E3-Pruner's differentiable mask search",
+    "shortgpt": "ShortGPT's block influence",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """The answer of a selector, or of the user, who need not tell more than the first two."""
+
+    num_layers: int  # of the dense model
+    keep: tuple[int, ...]  # ascending, counted from 0
+    selector: str = "given"
+    order: tuple[int, ...] = ()  # removed layers, the least wanted first
+    scores: tuple[float, ...] = ()  # per layer, what the selector judged by (theta, importance)
+    kl: float | None = None  # held-out KL to the dense model, nats a token, not recovered
+    tokens: int = 0  # that it cost
+    seed: int | None = None
+    checkpoint: str | None = None  # hash of the dense checkpoint
+    config: str | None = None  # hash of the stage's inputs
+
+    @property
+    def chosen_by(self) -> str:
+        """The selector in words."""
+        return SELECTORS.get(self.selector, f"the selector {self.selector}")
+
+
+KNOWN = {field.name for field in dataclasses.fields(Mask)}
+
+
+def read_mask(path: pathlib.Path, num_layers: int) -> Mask:
+    """A JSON object with `keep` and `num_layers`, and what else `Mask` has; more is passed over.
+
+    Raises UserError when it is missing, broken or of a model of another depth than `num_layers`.
+    """
+    fields = {k: v for k, v in read_json(path).items() if k in KNOWN and v is not None}
+    keep, depth = fields.get("keep"), fields.get("num_layers")
+    if not _numbers(keep) or type(depth) is not int:
+        raise UserError(
+            f"{path}: not a mask file: expected keep, a list of layer numbers, and num_layers"
+        )
+    if depth != num_layers:
+        raise UserError(f"{path}: a mask of {depth} layers, and the model has {num_layers}")
+    if not keep or sorted(set(keep)) != keep or not 0 <= keep[0] <= keep[-1] < depth:
+        raise UserError(f"{path}: keep is {keep}; expected ascending numbers from 0 to {depth - 1}")
+    removed = [layer for layer in range(depth) if layer not in keep]
+    order = fields.setdefault("order", removed)
+    if not _numbers(order) or sorted(order) != removed:
+        raise UserError(f"{path}: order is {order}; expected the removed layers, {removed}")
+    return Mask(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def _numbers(value: object) -> bool:
+    return isinstance(value, list) and all(type(i) is int for i in value)
