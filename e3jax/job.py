@@ -196,6 +196,15 @@ def claim_folder(run: config.Run) -> Iterator[pathlib.Path]:
             os.close(lock)
 
 
+def keep_compiled(out: pathlib.Path) -> None:
+    """Keeps what XLA compiles in the run folder `out`, which must be ours, for a restart and for a
+    baseline's recovery (the same program); elsewhere where JAX_COMPILATION_CACHE_DIR says so.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 def to_batch(arrays: dict[str, np.ndarray]) -> Batch:
     """The fields of a gathered batch that a model sees."""
     return Batch(**{name: arrays[name] for name in BATCH_FIELDS})

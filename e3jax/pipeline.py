@@ -34,6 +34,7 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
         print(_plan_text(command, run))
         return
     with job.open_mesh(run.mesh), job.claim_folder(run) as out:
+        job.keep_compiled(out)
         if command == "train":
             train(run, out)
             return

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import struct
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -15,6 +18,7 @@ from e3jax.hf.export import export_new
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 
+ROOT = pathlib.Path(__file__).parent.parent
 CFG = ModelConfig(
     family="qwen3",
     num_layers=4,
@@ -218,6 +222,36 @@ def test_nan_weights(refused, place):
     data[-4:] = np.float32(np.nan).tobytes()
     shard.write_bytes(data)
     assert "NaN or infinite" in refused()
+
+
+# ---------------------------------------------------------------- what is compiled
+
+
+def test_compiled_programs_stay_in_the_run_folder(tmp_path):
+    """A second process finds them there; one that is told of another place uses that."""
+    program = (
+        "import pathlib, sys, jax; from e3jax import job; job.keep_compiled(pathlib.Path('.'));"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0);"
+        "print(jax.jit(lambda x: x @ x)(jax.numpy.ones((3, 3)))[0, 0])"
+    )
+    path = {"PYTHONPATH": str(ROOT), "JAX_LOG_COMPILES": "1"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
+    command = [sys.executable, "-c", program]
+
+    def run(**more):
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment | path | more, capture_output=True, text=True
+        )
+        assert done.stdout == "3.0\n", done.stderr
+        return done.stderr
+
+    run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "there"))
+    assert {path.name for path in tmp_path.iterdir()} == {"there"}
+    assert "cache hit" not in run()
+    kept = set((tmp_path / "compiled").iterdir())
+    assert any("lambda" in path.name for path in kept)
+    assert "Persistent compilation cache hit for 'jit__lambda'" in run()
+    assert set((tmp_path / "compiled").iterdir()) == kept
 
 
 # ---------------------------------------------------------------- the data

@@ -89,8 +89,6 @@ def start(place, count, *arguments, devices=1, each=None, program=("run.py",)):
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(place / "record"), str(ROOT)]),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(place / f"compiled-{count}-{devices}"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [sys.executable, *program, *arguments]
     if count > 1:
