@@ -116,8 +116,8 @@ def test_the_mean_of_micro_batch_means_would_be_another_gradient():
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (1, 4, 2), (1, 2, 4), (2, 2, 2)])
 def test_eight_devices_give_the_step_of_one(single, shape):
-    """Float32 sums in another order: metrics to 1e-4 relative, weights to 1e-4 after three steps
-    at a learning rate of 1e-2 (Adam turns rounding of tiny gradients into steps of lr)."""
+    """Float32 sums in another order: metrics to 1e-4 relative, weights to 1e-5 after three steps
+    at a learning rate of 1e-2."""
     want, want_record = single
     with set_mesh(*shape):
         state, step, teacher = make_student(
@@ -127,7 +127,7 @@ def test_eight_devices_give_the_step_of_one(single, shape):
         state, record = run_steps(state, step, teacher, 0, 3)
     for ours, theirs in zip(record, want_record, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
-    assert_close(state.params, want.params, atol=1e-4)
+    assert_close(state.params, want.params, atol=1e-5)
 
 
 def test_a_step_trains(single):

@@ -56,6 +56,12 @@ def disturb(configuration, process, there, what):  # noqa: F811
     return process.wait(300)
 
 
+@pytest.fixture(autouse=True)
+def _compile_fast(monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_every_stage(configuration, small_disk):  # noqa: F811
     """In the search, the teacher cache, distillation and the export: a message, and on it goes."""
     out = small_disk / "run"

@@ -469,7 +469,7 @@ def test_a_process_reads_only_the_bytes_of_its_devices(tmp_path, monkeypatch, re
     monkeypatch.setattr(load, "_boxes", lambda leaf: {mine: real(leaf)[mine]})
     shards = []
 
-    def keep_parts(leaf, parts, **_):
+    def keep_parts(leaf, parts):
         shards.append((leaf, parts[real(leaf)[mine]]))
         return jnp.zeros(leaf.shape, leaf.dtype)
 
@@ -495,8 +495,9 @@ def test_where_the_devices_have_memory_of_their_own(tmp_path, monkeypatch, sprea
     folder = save_tiny(tmp_path, "qwen3", torch.bfloat16, num_hidden_layers=6)
     expected = load_params(folder)
     monkeypatch.setattr(load, "_fills_host_memory", lambda: False)
-    asked, real = [], load._empty
+    asked, real, put = [], load._empty, jax.device_put
     monkeypatch.setattr(load, "_empty", lambda leaf: asked.append(leaf.shape) or real(leaf))
+    monkeypatch.setattr(jax, "device_put", lambda x, device: put(np.array(x), device))
     devices = jax.devices() if spread else jax.devices()[:1]
     with jax.set_mesh(mesh.make_mesh(model=2 if spread else 1, devices=devices)):
         params = load_params(folder)
@@ -506,6 +507,7 @@ def test_where_the_devices_have_memory_of_their_own(tmp_path, monkeypatch, sprea
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     stacked = {x.shape for x in jax.tree.leaves(expected["layers"])}
     assert not stacked & set(asked)
+    assert len(asked) < len(stored_tensors(folder)) / 2  # memory is used again
 
 
 def test_merged_boxes():

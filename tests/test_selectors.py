@@ -128,6 +128,7 @@ def test_least_important():
     assert choose(3).scores == tuple(scores) and choose(3).tokens == 7
 
 
+@pytest.mark.slow
 def test_published_figures(shared, tmp_path, one_device):
     """Leave-one-out KL of a real model, and the six layers that ShortGPT removes."""
     folder = shared / "models" / "chain-math-24l"

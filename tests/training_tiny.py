@@ -37,7 +37,8 @@ T = 16
 
 
 def recipe(**changes) -> config.Distill:
-    fast = config.Optimizer(lr=1e-2, warmup=0.3, weight_decay=0.1)
+    # eps: Adam would turn the rounding of a tiny gradient into a step of lr.
+    fast = config.Optimizer(lr=1e-2, warmup=0.3, weight_decay=0.1, eps=1e-5)
     fields = {"steps": STEPS, "batch": 8, "optimizer": fast, "chunk": 32, **changes}
     return config.Distill(**fields)
 

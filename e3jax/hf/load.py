@@ -66,7 +66,7 @@ def load_params(
             return
         if tensor.leaf not in arrays:
             arrays[tensor.leaf] = _zeros(leaf)
-        row = _array(mesh.part_of_stack(leaf), parts, may_alias=False)
+        row = _array(mesh.part_of_stack(leaf), parts)
         arrays[tensor.leaf] = _set(arrays[tensor.leaf], row, tensor.layer)
         row.block_until_ready()
         free[tensor.leaf].append(parts)
@@ -133,16 +133,14 @@ def _empty(leaf: jax.ShapeDtypeStruct) -> dict[Box, np.ndarray]:
     return parts
 
 
-def _array(
-    leaf: jax.ShapeDtypeStruct, parts: Mapping[Box, np.ndarray], may_alias: bool | None = None
-) -> jax.Array:
-    """The array whose parts these are; a CPU device may take the memory of a part as it is."""
+def _array(leaf: jax.ShapeDtypeStruct, parts: Mapping[Box, np.ndarray]) -> jax.Array:
+    """The array whose parts these are; a CPU device takes the memory of a part as it is."""
     taken: set[Box] = set()
     shards = []
     for device, box in _boxes(leaf).items():
         part = parts[box].copy() if box in taken else parts[box]  # two devices never share it
         taken.add(box)
-        shards.append(jax.device_put(part, device, may_alias=may_alias))
+        shards.append(jax.device_put(part, device))
     return jax.make_array_from_single_device_arrays(leaf.shape, _sharding(leaf), shards)
 
 
