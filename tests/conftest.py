@@ -34,6 +34,15 @@ def one_device():
         yield found
 
 
+@pytest.fixture(scope="module")
+def compiled_fast():
+    """For modules whose time is compilation: what XLA does to an operation after it is placed takes
+    half of it."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def shared() -> pathlib.Path:
     """The folder of larger checkpoints and data beside the project; skips where there is none."""

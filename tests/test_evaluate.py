@@ -16,6 +16,8 @@ from e3jax.models import decoder
 from e3jax.models.generate import make_greedy
 from training_tiny import CFG, KEEP, dense_params, random_batch, set_mesh
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 # ---------------------------------------------------------------- figures
 
 

@@ -17,6 +17,8 @@ from e3jax.models.generate import generate, left_pad, make_greedy
 from hf_tiny import save_tiny
 from training_tiny import set_mesh
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 NEW = 24
 LENGTHS = (5, 19, 12, 1, 26)
 CASES = {

@@ -13,6 +13,8 @@ from e3jax.distill import losses
 from e3jax.distill.losses import Objective, Online, TopK
 from e3jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 B, T, D, V = 4, 7, 8, 20
 MEAN = 1.7  # of the entropy, nats
 

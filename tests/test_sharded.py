@@ -28,6 +28,8 @@ from e3jax.training.checkpoint import abstract, open_checkpoints
 from e3jax.training.optim import make_optimizer
 from training_tiny import CFG, assert_bitwise, random_batch, recipe, set_mesh
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 MODELS = {
     "even": CFG,
     # Over model=4 the groups are sharded for 2 heads, mlp and vocabulary replicated; over model=2
@@ -63,14 +65,6 @@ EVERY_MESH = cases("""
 2x2x2 odd
 1x2x4 even
 """)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_fast():
-    """What XLA does to an operation after it is placed halves the time of these tests."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
