@@ -72,7 +72,10 @@ def search_mask(job_: Job) -> Mask:
         answer = gumbel.answer(theta, keep, protect, force)
         kl = figures(job_.params, job_.params, held_out, np.flatnonzero(answer)).kl
         state = state.replace(tokens=state.tokens + held_tokens)
-        if kl < float(state.best_kl):
+        best_kl, best = float(state.best_kl), np.asarray(state.best_theta)
+        # The same answer again has the same KL, but for a rounding that differs between meshes.
+        new = np.isinf(best_kl) or np.any(answer != gumbel.answer(best, keep, protect, force))
+        if new and kl < best_kl:
             state = state.replace(
                 best_kl=mesh.replicate(jnp.float32(kl)), best_theta=mesh.replicate(theta)
             )
