@@ -25,6 +25,12 @@ def bits(x: np.ndarray) -> np.ndarray:
 
 
 def finite(x: np.ndarray) -> bool:
-    """Whether all of a float array is finite: 13 GB/s, where jnp.isfinite has 2."""
-    unsigned = bits(x) & ((1 << (8 * x.itemsize - 1)) - 1)
-    return not unsigned.size or int(unsigned.max()) < EXPONENT[x.dtype]
+    """Whether all of a float array is finite, without a copy: fresh pages cost more than the look.
+
+    Bit patterns grow with the magnitude: the greatest signed one is of the positive numbers, the
+    greatest unsigned one of the negative ones, if there are any.
+    """
+    if not x.size:
+        return True
+    limit, sign = EXPONENT[x.dtype], 1 << (8 * x.itemsize - 1)
+    return int(x.view(f"i{x.itemsize}").max()) < limit and int(bits(x).max()) < (sign | limit)
