@@ -207,6 +207,11 @@ def test_out_of_memory_is_read():
         "hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
     )
     assert compile.needed(message) == int(20.5 * 2**30)
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (137.39G) exceeds available HBM (95.74G)."
+    )
+    assert compile.needed(message, arguments=5) == int(137.39 * 2**30) + 5
     assert compile.needed("INTERNAL: something else") is None
 
 

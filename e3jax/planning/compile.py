@@ -6,6 +6,7 @@ compiler fuses and schedules otherwise.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import re
@@ -28,7 +29,9 @@ from e3jax.training.optim import make_optimizer
 
 # The compiler's peak leaves out what the runtime keeps for itself, and fragmentation.
 MARGIN = 0.10
+# What a TPU's compiler says when it runs out: of all memory, or of that for temporaries alone.
 USED = re.compile(r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm")
+TEMPORARIES = re.compile(r"required for HLO temporaries \(([\d.]+)([KMGT]?)i?B?\) exceeds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,7 @@ def open_mesh(topology: Topology, spec: config.Mesh) -> jax.sharding.Mesh:
     return mesh.make_mesh(spec.replica, spec.data, spec.model, devices=devices)
 
 
+@functools.cache
 def _tpu_devices(topology: Topology) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
@@ -145,7 +149,8 @@ def search_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: 
     _, params, batch = arguments
     kept = 0
     if run.search.estimator != "score":
-        kept = activation_bytes(run, cfg, rows_here(batch.tokens.shape[0]), model_size())
+        rows = rows_here(batch.tokens.shape[0])
+        kept = activation_bytes(run, cfg, rows, model_size(), trained=False)
     return _compile(step.trace(*arguments), topology, teacher=local_bytes(params), activations=kept)
 
 
@@ -166,7 +171,11 @@ def train_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: T
         start=start,
         idle=start + (teacher if online is None else 0),
         activations=activation_bytes(
-            run, student, rows_here(recipe.microbatch or recipe.batch), model_size()
+            run,
+            student,
+            rows_here(recipe.microbatch or recipe.batch),
+            model_size(),
+            trained=True,
         ),
     )
 
@@ -184,6 +193,7 @@ def _compile(
 ) -> Memory:
     """`idle`: bytes a device of arrays that stay there and are no arguments of the step."""
     begun, compiled = time.monotonic(), True
+    known = parameters + optimiser + teacher + start
     try:
         found = traced.lower().compile().memory_analysis()
         # A CPU's compiler leaves its work space out of the peak.
@@ -196,10 +206,9 @@ def _compile(
         if topology.is_tpu and found.peak_memory_in_bytes:
             peak = found.peak_memory_in_bytes
     except jax.errors.JaxRuntimeError as error:
-        peak, compiled = needed(str(error)), False
+        peak, compiled = needed(str(error), arguments=known - idle), False
         if peak is None:
             raise
-    known = parameters + optimiser + teacher + start
     rest = max(peak + idle - known, 0)
     activations = min(activations, rest)
     return Memory(
@@ -215,11 +224,15 @@ def _compile(
     )
 
 
-def needed(message: str) -> int | None:
-    """Bytes a device that a program needs by the compiler's own out-of-memory error, or None."""
-    if "RESOURCE_EXHAUSTED" not in message or (found := USED.search(message)) is None:
+def needed(message: str, arguments: int = 0) -> int | None:
+    """Bytes a device that a program with so many bytes of arguments needs by the compiler's own
+    out-of-memory error, or None where it is another error."""
+    if "RESOURCE_EXHAUSTED" not in message:
         return None
-    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+    more = 0
+    if (found := USED.search(message)) is None:
+        found, more = TEMPORARIES.search(message), arguments
+    return found and int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) + more
 
 
 def local_bytes(tree: Any) -> int:

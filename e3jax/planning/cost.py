@@ -129,17 +129,28 @@ def student_config(run: config.Run, cfg: ModelConfig) -> ModelConfig:
 # ---------------------------------------------------------------- bytes
 
 
-def activation_bytes(run: config.Run, cfg: ModelConfig, rows: int, model: int) -> int:
+def activation_bytes(
+    run: config.Run, cfg: ModelConfig, rows: int, model: int, *, trained: bool
+) -> int:
     """What the forward pass keeps for the backward one, a device: its rows, 1 / `model` of what
-    tensor parallelism shares."""
+    tensor parallelism shares. Without training (the search), no product's input for its weight.
+
+    `selective` as recompute.py names it; `none` by the TPU compiler's peaks for Qwen3-32B on four
+    meshes: 280,000 elements a token and layer where the weights are trained (for which this gives
+    273,000), and 57,000, 36,000 and 26,000 in the search with model = 2, 4 and 8 (58, 37 and 26).
+    """
     size = 2 if run.model.dtype == "bfloat16" else WIDE
-    a_token = cfg.width  # the residual stream into the layer
-    if run.model.remat != "layer":
-        queries, keys = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-        a_token += (2 * queries + 2 * keys) / model
+    queries, keys = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    whole, shared = cfg.width, 0  # the residual stream into the layer
+    if run.model.remat == "selective":
+        whole, shared = cfg.width, queries + 2 * keys
+        if trained:
+            whole, shared = 2 * cfg.width, 2 * queries + 2 * keys
     if run.model.remat == "none":
-        a_token += 3 * cfg.width + 3 * cfg.mlp_width / model  # norms, the sum; gate, up, product
-    return int(cfg.num_layers * rows * run.data.window * a_token * size)
+        whole, shared = 3 * cfg.width, queries + 3 * cfg.mlp_width
+        if trained:  # norms and the rotation in float32, what the activation's derivative asks for
+            whole, shared = 10 * cfg.width, 7 * queries + 7 * keys + 6 * cfg.mlp_width
+    return int(cfg.num_layers * rows * run.data.window * (whole + shared / model) * size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,9 +63,9 @@ def make_plan(
     cfg: ModelConfig,
     source_dtype: str,
     topology: Topology,
-    distill_memory: Memory | None = None,
+    measured: tuple[Memory, Memory] | None = None,
 ) -> Plan:
-    """Compiles both steps for the topology (distillation's unless it is given) and counts.
+    """Compiles both steps for the topology, unless their memory is given, and counts.
 
     Raises UserError where the configuration, the topology and the compiler do not go together.
     """
@@ -77,13 +77,11 @@ def make_plan(
         with jax.set_mesh(devices):  # of this thread
             return step(run, cfg, source_dtype, topology)
 
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        search = pool.submit(measure, compile.search_step)
-        distill = None if distill_memory else pool.submit(measure, compile.train_step)
-        search_memory = search.result()
-        if distill is not None:
-            distill_memory = distill.result()
-    assert distill_memory is not None
+    if measured is None:
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            search, distill = pool.map(measure, (compile.search_step, compile.train_step))
+    else:
+        search, distill = measured
     micro = run.distill.microbatch or run.distill.batch
     return Plan(
         topology=topology,
@@ -91,8 +89,8 @@ def make_plan(
         remat=run.model.remat,
         microbatch=micro,
         budget=counted,
-        search_memory=search_memory,
-        distill_memory=distill_memory,
+        search_memory=search,
+        distill_memory=distill,
         forward_flops=cost.body_flops(cfg, run.data.window) + cost.head_flops(cfg),
         search_flops=cost.search_flops(run, cfg),
         distill_flops=cost.train_flops(run, cfg),

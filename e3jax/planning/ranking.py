@@ -1,4 +1,4 @@
-"""Which mesh, micro-batch and recomputation: all estimated, the best three compiled."""
+"""Which mesh, micro-batch and recomputation: all estimated, the best compiled, three at a time."""
 
 import concurrent.futures
 import dataclasses
@@ -14,7 +14,7 @@ from e3jax.models.config import ModelConfig
 from e3jax.planning import compile, cost
 from e3jax.planning.chips import Topology
 
-COMPILED = 3
+COMPILED, ROUNDS = 3, 3  # choices compiled at a time; how often, until one of them fits
 LARGEST_MODEL = 16  # tensor parallelism beyond a few chips sends more than it saves
 REMATS = ("none", "selective", "layer")
 
@@ -30,7 +30,7 @@ class Choice:
     remat: str
     seconds: float  # of a distillation step, roofline
     memory: int  # bytes a device, estimated from the shapes
-    compiled: compile.Memory | None = None
+    compiled: tuple[compile.Memory, compile.Memory] | None = None  # search, distillation
 
     @property
     def overrides(self) -> str:
@@ -107,29 +107,42 @@ def estimate(
     topology: Topology,
     sizes: cost.Mesh,
 ) -> int:
-    """Bytes a device of a distillation step: arrays by their shards, work space by its greatest
-    parts. Within 1.5 of the compiler's (tests/test_planning.py)."""
-    recipe, time = run.distill, run.data.window
+    """Bytes a device of the step that needs more of them: arrays by their shards, work space by its
+    greatest parts. Within 1.5 of the compiler's (tests/test_planning.py)."""
+    recipe = run.distill
     student = cost.student_config(run, cfg)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh(sizes.replica, sizes.data, sizes.model)):
         wide = compile.local_bytes(decoder.abstract_params(student))
         dense = compile.local_bytes(decoder.abstract_params(cfg, jnp.dtype(source_dtype)))
         start = compile.local_bytes(decoder.abstract_params(student, jnp.dtype(source_dtype)))
     micro = recipe.microbatch or recipe.batch
-    rows, model = -(-micro // sizes.shards), sizes.model
-    tokens = rows * time
+    gradients = wide * (1 if micro == recipe.batch else 2)
+    rows = -(-micro // sizes.shards)
+    distill = 3 * wide + dense + start + gradients
+    distill += cost.activation_bytes(run, student, rows, sizes.model, trained=True)
+    distill += _work_space(run, cfg, topology, rows, sizes.model)
+    rows, search = -(-run.search.batch // sizes.shards), dense
+    if run.search.estimator != "score":
+        search += cost.activation_bytes(run, cfg, rows, sizes.model, trained=False)
+    search += _work_space(run, cfg, topology, rows, sizes.model)
+    return int(max(distill, search))
+
+
+def _work_space(
+    run: config.Run, cfg: ModelConfig, topology: Topology, rows: int, model: int
+) -> float:
+    """Bytes of the greatest of a layer and a chunk's logits, and of gathered weights."""
+    time, tokens = run.data.window, rows * run.data.window
     size = job.DTYPES[run.model.dtype](0).itemsize
     heads, mlp = cfg.num_heads * cfg.head_dim / model, cfg.mlp_width / model
-    gradients = wide * (1 if micro == recipe.batch else 2)
     layer = tokens * (8 * cfg.width + 4 * heads + 6 * mlp) * size
-    logits = 4 * 4 * min(recipe.chunk, tokens) * cfg.vocab_size / model
+    if not topology.is_tpu:  # scores of every query and key
+        layer += rows * cfg.num_heads / model * time**2 * 12
+    logits = 4 * 4 * min(run.distill.chunk, tokens) * cfg.vocab_size / model
     projections, _, mlp_flops = cost.layer_flops(cfg, 1)
     per_layer = (projections + mlp_flops) / 2  # parameters: two operations a token each
     gathered = 2 * size * per_layer / model + 4 * size * cfg.width * cfg.vocab_size / model
-    if not topology.is_tpu:  # scores of every query and key
-        layer += rows * cfg.num_heads / model * time**2 * 12
-    kept = cost.activation_bytes(run, student, rows, model)
-    return int(3 * wide + dense + start + gradients + kept + max(layer, logits) + gathered)
+    return max(layer, logits) + gathered
 
 
 def search_mesh(
@@ -139,26 +152,32 @@ def search_mesh(
     topology: Topology,
     say: Callable[[str], None],
 ) -> Choice:
-    """The fastest choice that fits by the compiler's word; if none of those compiled does, the one
-    of least memory. `say` is told of each."""
+    """The fastest choice of which both stages' steps fit by the compiler's word; if none of those
+    compiled does, the one that lacks least. `say` is told of each."""
     ranked = rank(run, cfg, source_dtype, topology)
     room = (1 - compile.MARGIN) * topology.memory
-    tried = [c for c in ranked if c.memory <= room][:COMPILED]
-    tried = tried or sorted(ranked, key=lambda c: c.memory)[:COMPILED]
-    say(f"{len(ranked)} choices, {sum(c.memory <= room for c in ranked)} of them estimated to fit")
+    likely = [c for c in ranked if c.memory <= room]
+    say(f"{len(ranked)} choices, {len(likely)} of them estimated to fit")
+    likely = likely or sorted(ranked, key=lambda c: c.memory)[:COMPILED]
 
-    def measure(choice: Choice) -> tuple[compile.Memory, Choice]:
+    def measure(choice: Choice) -> Choice:
         changed = choice.apply(run)
         with jax.set_mesh(compile.open_mesh(topology, changed.mesh)):
-            memory = compile.train_step(changed, cfg, source_dtype, topology)
-        verdict = "fits" if memory.fits else "does not fit"
+            search = compile.search_step(changed, cfg, source_dtype, topology)
+            distill = compile.train_step(changed, cfg, source_dtype, topology)
+        verdict = "fits" if search.fits and distill.fits else "does not fit"
         say(
-            f"{choice.overrides}: {memory.peak / 2**30:.1f} GiB (estimated "
-            f"{choice.memory / 2**30:.1f}), {verdict}, compiled in {memory.seconds:.0f} s"
+            f"{choice.overrides}: search {search.peak / 2**30:.1f}, distillation "
+            f"{distill.peak / 2**30:.1f} GiB (estimated {choice.memory / 2**30:.1f}), {verdict}, "
+            f"compiled in {search.seconds + distill.seconds:.0f} s"
         )
-        return memory, dataclasses.replace(choice, compiled=memory)
+        return dataclasses.replace(choice, compiled=(search, distill))
 
+    compile.open_mesh(topology, likely[0].apply(run).mesh)  # libtpu cannot be started twice at once
+    measured: list[Choice] = []
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        measured = list(pool.map(measure, tried))
-    fitting = [choice for memory, choice in measured if memory.fits]
-    return fitting[0] if fitting else min(measured, key=lambda pair: pair[0].peak)[1]
+        while len(measured) < min(len(likely), COMPILED * ROUNDS):
+            measured += pool.map(measure, likely[len(measured) : len(measured) + COMPILED])
+            if fitting := [c for c in measured if all(m.fits for m in c.compiled or ())]:
+                return fitting[0]
+    return min(measured, key=lambda c: max(m.peak for m in c.compiled or ()))
