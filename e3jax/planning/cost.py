@@ -133,22 +133,21 @@ def activation_bytes(
     run: config.Run, cfg: ModelConfig, rows: int, model: int, *, trained: bool
 ) -> int:
     """What the forward pass keeps for the backward one, a device: its rows, 1 / `model` of what
-    tensor parallelism shares. Without training (the search), no product's input for its weight.
+    tensor parallelism shares. Without training (the search) no product keeps its input for its
+    weight's gradient.
 
-    `selective` as recompute.py names it; `none` by the TPU compiler's peaks for Qwen3-32B on four
-    meshes: 280,000 elements a token and layer where the weights are trained (for which this gives
-    273,000), and 57,000, 36,000 and 26,000 in the search with model = 2, 4 and 8 (58, 37 and 26).
+    `selective` as recompute.py names it; `none` by the TPU compiler's peaks for Qwen3-32B:
+    280,000 elements a token and layer where the weights are trained (for which this gives 273,000),
+    and 114,000, 72,000 and 51,000 in the search with model = 2, 4 and 8 (116, 73 and 52).
     """
     size = 2 if run.model.dtype == "bfloat16" else WIDE
     queries, keys = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     whole, shared = cfg.width, 0  # the residual stream into the layer
     if run.model.remat == "selective":
-        whole, shared = cfg.width, queries + 2 * keys
-        if trained:
-            whole, shared = 2 * cfg.width, 2 * queries + 2 * keys
+        whole, shared = 2 * cfg.width, 2 * queries + 2 * keys
     if run.model.remat == "none":
-        whole, shared = 3 * cfg.width, queries + 3 * cfg.mlp_width
-        if trained:  # norms and the rotation in float32, what the activation's derivative asks for
+        whole, shared = 6 * cfg.width, 2 * queries + 6 * cfg.mlp_width
+        if trained:  # norms and the rotation in float32 too
             whole, shared = 10 * cfg.width, 7 * queries + 7 * keys + 6 * cfg.mlp_width
     return int(cfg.num_layers * rows * run.data.window * (whole + shared / model) * size)
 
