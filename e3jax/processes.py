@@ -5,10 +5,12 @@ holds, a signal, an error) is decided by process 0 or by a vote, since two proce
 different ways wait for each other for ever. Shared files are written by process 0 alone.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -21,6 +23,7 @@ from e3jax import mesh
 from e3jax.errors import UserError
 
 HEARTBEAT_S = 60  # a process that is silent for so long is dead, and ends all others
+LAST_WORDS_S = 5
 JOIN_S = 300  # for the last process to start
 WAIT_MS = 7 * 24 * 3600 * 1000  # for work that one does alone; that it died is known much sooner
 
@@ -153,7 +156,16 @@ def leave(code: int) -> NoReturn:
     """Ends this process of several at once.
 
     An ordinary exit waits for the others, and they may be waiting for this one in a collective.
+    Process 0, with which the coordination service ends and so all others, gives those that have met
+    the same error LAST_WORDS_S to tell it.
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    with contextlib.suppress(Exception):  # the service may be gone, or never have been
+        client().key_value_set(f"e3jax/leaving/{jax.process_index()}", "")
+        end = time.monotonic() + LAST_WORDS_S
+        while is_first() and time.monotonic() < end:
+            if len(client().key_value_dir_get("e3jax/leaving/")) == jax.process_count():
+                break
+            time.sleep(0.05)
     os._exit(code)

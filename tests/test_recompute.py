@@ -64,7 +64,7 @@ def outcome(stage: str, remat: str):
 def test_same_result_for_less_memory_and_more_work(stage):
     results, memory, flops = zip(*(outcome(stage, remat) for remat in CHOICES))
     for (loss, grads), name in zip(results[1:], CHOICES[1:]):
-        np.testing.assert_array_equal(loss, results[0][0], err_msg=name)
+        np.testing.assert_allclose(loss, results[0][0], rtol=1e-5, err_msg=name)
         for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(results[0][1]), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max(), err_msg=name)
     assert memory[0] > memory[1] > memory[2], memory
