@@ -16,7 +16,7 @@ from e3jax.errors import UserError
 log = logging.getLogger(__name__)
 
 INPUTS = "inputs.json"
-PATIENCE_S = 86400  # for a save
+PATIENCE_S = 7 * 24 * 3600  # for a save; a jump is taken off it at each of several levels
 
 
 class Checkpoints:
