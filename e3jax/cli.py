@@ -203,8 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from e3jax import notice, processes
 
             if notice.told():
-                code = notice.CODE  # what failed, failed because another process left
-                notice.linger()
+                notice.leave()  # what failed, failed because another process left
             processes.leave(code)
     return code
 

@@ -1,7 +1,10 @@
 """mask.json: which layers stay, and how that was found. Without jax."""
 
 import dataclasses
+import json
 import pathlib
+
+import pydantic
 
 from e3jax.errors import UserError
 from e3jax.hf.families import read_json
@@ -35,6 +38,7 @@ class Mask:
 
 
 KNOWN = {field.name for field in dataclasses.fields(Mask)}
+FORM = pydantic.TypeAdapter(Mask)
 
 
 def read_mask(path: pathlib.Path, num_layers: int) -> Mask:
@@ -43,21 +47,21 @@ def read_mask(path: pathlib.Path, num_layers: int) -> Mask:
     Raises UserError when it is missing, broken or of a model of another depth than `num_layers`.
     """
     fields = {k: v for k, v in read_json(path).items() if k in KNOWN and v is not None}
-    keep, depth = fields.get("keep"), fields.get("num_layers")
-    if not _numbers(keep) or type(depth) is not int:
+    try:
+        mask = FORM.validate_json(json.dumps(fields), strict=True)
+    except pydantic.ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise UserError(
-            f"{path}: not a mask file: expected keep, a list of layer numbers, and num_layers"
-        )
+            f"{path}: not a mask file ({wrong}); expected keep, a list of layer numbers, and "
+            "num_layers"
+        ) from error
+    keep, depth = list(mask.keep), mask.num_layers
     if depth != num_layers:
         raise UserError(f"{path}: a mask of {depth} layers, and the model has {num_layers}")
     if not keep or sorted(set(keep)) != keep or not 0 <= keep[0] <= keep[-1] < depth:
         raise UserError(f"{path}: keep is {keep}; expected ascending numbers from 0 to {depth - 1}")
     removed = [layer for layer in range(depth) if layer not in keep]
-    order = fields.setdefault("order", removed)
-    if not _numbers(order) or sorted(order) != removed:
+    order = list(mask.order) if "order" in fields else removed
+    if sorted(order) != removed:
         raise UserError(f"{path}: order is {order}; expected the removed layers, {removed}")
-    return Mask(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-
-
-def _numbers(value: object) -> bool:
-    return isinstance(value, list) and all(type(i) is int for i in value)
+    return dataclasses.replace(mask, order=tuple(order))

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 from jax._src import distributed
@@ -27,7 +27,7 @@ T = TypeVar("T")
 CODE = 128 + signal.SIGTERM
 LOOK_S = 1.0  # between looks at what another process was told
 GRACE_S = 10.0  # for a compilation or a read to come to an end; platforms give 30 s in all
-TOLD, LEFT = "e3jax/told to stop", "e3jax/left"  # in the key-value store of several processes
+TOLD = "e3jax/told to stop"  # in the key-value store of several processes
 
 _told = threading.Event()
 _lost = threading.Event()  # SystemExit was raised where Python cannot pass it on
@@ -163,9 +163,7 @@ def _act(ours: socket.socket, closed: threading.Event) -> None:
             _lost.clear()
             os.kill(os.getpid(), signal.SIGTERM)
     if not closed.is_set():
-        if jax.process_count() > 1:
-            linger()
-        processes.leave(CODE)  # what is half written the next run clears away
+        leave()  # what is half written the next run clears away
 
 
 def _look(closed: threading.Event) -> None:
@@ -178,18 +176,12 @@ def _look(closed: threading.Event) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def linger() -> None:
-    """Waits, before this process of several leaves, until the others can do without it.
+def leave() -> NoReturn:
+    """Ends this process at once, of several when the others can do without it.
 
-    They are to hear of the notice, and the store they hear it from ends with process 0, which jax
-    answers with an abort: so process 0 leaves last.
+    They hear of the notice from a store that ends with process 0, and what this process was to do
+    for them fails with it: each has until then been told why.
     """
-    client = processes.client()
-    time.sleep(2 * LOOK_S)
-    end = time.monotonic() + GRACE_S + 2 * LOOK_S
-    with contextlib.suppress(Exception):
-        client.key_value_set(f"{LEFT}/{jax.process_index()}", "")
-        while processes.is_first() and time.monotonic() < end:
-            if len(client.key_value_dir_get(f"{LEFT}/")) == jax.process_count():
-                return
-            time.sleep(LOOK_S / 4)
+    if jax.process_count() > 1:
+        time.sleep(2 * LOOK_S)
+    processes.leave(CODE, GRACE_S + 2 * LOOK_S)

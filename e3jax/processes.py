@@ -152,18 +152,18 @@ def whole(x: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
-def leave(code: int) -> NoReturn:
+def leave(code: int, patience_s: float = LAST_WORDS_S) -> NoReturn:
     """Ends this process of several at once.
 
     An ordinary exit waits for the others, and they may be waiting for this one in a collective.
-    Process 0, with which the coordination service ends and so all others, gives those that have met
-    the same error LAST_WORDS_S to tell it.
+    The coordination service ends with process 0, and so do all others, with an abort: so it gives
+    those that have met the same error, or were told the same, `patience_s` to leave before it.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     with contextlib.suppress(Exception):  # the service may be gone, or never have been
         client().key_value_set(f"e3jax/leaving/{jax.process_index()}", "")
-        end = time.monotonic() + LAST_WORDS_S
+        end = time.monotonic() + patience_s
         while is_first() and time.monotonic() < end:
             if len(client().key_value_dir_get("e3jax/leaving/")) == jax.process_count():
                 break

@@ -24,9 +24,12 @@ def test_written_by_hand(tmp_path):
     ("more", "message"),
     [
         ({"order": [1, 2]}, r"order is \[1, 2\]; expected the removed layers, \[1, 3\]"),
-        ({"order": "1 3"}, "order is 1 3"),
-        ({"keep": None}, "not a mask file: expected keep"),
-        ({"num_layers": 4.0}, "not a mask file"),
+        ({"order": "1 3"}, r"not a mask file \(order: "),
+        ({"keep": None}, r"not a mask file \(keep: .*expected keep, a list of layer numbers"),
+        ({"keep": [0, "2"]}, r"not a mask file \(keep\.1: "),
+        ({"num_layers": 4.0}, r"not a mask file \(num_layers: "),
+        ({"selector": {"name": "mine"}}, r"not a mask file \(selector: "),
+        ({"tokens": "many", "seed": 1.5}, r"not a mask file \(tokens: .*; seed: "),
         ({"num_layers": 5}, "a mask of 5 layers, and the model has 4"),
     ],
 )

@@ -126,7 +126,7 @@ def test_a_slow_save_is_not_cut_short(tmp_path, one_device, monkeypatch):
     monkeypatch.setattr(notice, "GRACE_S", 0.2)
     monkeypatch.setattr(notice, "LOOK_S", 0.05)
     left = []
-    monkeypatch.setattr(notice.processes, "leave", left.append)
+    monkeypatch.setattr(notice.processes, "leave", lambda code, _: left.append(code))
     with pytest.raises(SystemExit), notice.listen(), notice.held():
         tell()
         with open_checkpoints(tmp_path, {}) as checkpoints:
@@ -139,7 +139,7 @@ def test_a_program_that_catches_the_exit_is_ended(monkeypatch):
     monkeypatch.setattr(notice, "GRACE_S", 0.2)
     monkeypatch.setattr(notice, "LOOK_S", 0.05)
     left = []
-    monkeypatch.setattr(notice.processes, "leave", left.append)
+    monkeypatch.setattr(notice.processes, "leave", lambda code, _: left.append(code))
     with notice.listen():
         with pytest.raises(SystemExit):
             tell()
