@@ -495,6 +495,7 @@ def test_where_the_devices_have_memory_of_their_own(tmp_path, monkeypatch, sprea
     folder = save_tiny(tmp_path, "qwen3", torch.bfloat16, num_hidden_layers=6)
     expected = load_params(folder)
     monkeypatch.setattr(load, "_fills_host_memory", lambda: False)
+    monkeypatch.setattr(load, "AHEAD", 2**14)  # bytes; a layer has more
     asked, real, put = [], load._empty, jax.device_put
     monkeypatch.setattr(load, "_empty", lambda leaf: asked.append(leaf.shape) or real(leaf))
     monkeypatch.setattr(jax, "device_put", lambda x, device: put(np.array(x), device))

@@ -177,7 +177,7 @@ def _read_back(
     for t, written in _pieces(params, table, dtype):
         found = stored[t.name].read(done[t.name], written.nbytes)
         done[t.name] += written.nbytes
-        if found != written.tobytes():
+        if found != memoryview(written.reshape(-1).view(np.uint8)):
             raise UserError(f"{t.name}: read back from the disk, it is not what was written")
     assert all(stored[name].nbytes == size for name, size in done.items())
 

@@ -3,12 +3,12 @@
 Tensors are read in the order they lie on the disk, in pieces that are checked while they are in the
 cache. Where the devices' memory is the host's (CPU), it is read into directly; elsewhere a leaf
 grows on the devices, one layer's tensor after the other, through host memory that is used again:
-the first touch of fresh pages takes longer than the reading.
+the first touch of fresh pages takes longer than the reading. The programs that grow it are compiled
+while the first tensors are read.
 """
 
 import collections
 import concurrent.futures
-import functools
 import os
 import pathlib
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 
 THREADS = min(8, 2 * (os.cpu_count() or 1))  # one waits for the disk while another checks
-AHEAD = 4  # tensors that are being read while the oldest of them is put in its place
+AHEAD = 2**28  # bytes of tensors being read behind the one that is put in its place
 ALIGNMENT = 4096  # bytes; from 64 on a CPU device takes host memory as it is
 
 
@@ -39,7 +39,7 @@ def load_params(
     """Parameters of a checkpoint, sharded as `decoder.abstract_params` says under the mesh set.
 
     dtype None = `source_dtype`. Beyond the arrays, the host needs memory for THREADS pieces of a
-    few MB, and with accelerators for a layer and AHEAD + 1 tensors. Raises UserError on
+    few MB, and with accelerators for a layer, AHEAD bytes and two tensors. Raises UserError on
     anything that is not exactly the model of config.json, and on NaN or infinite weights, naming
     the tensors.
     """
@@ -53,10 +53,11 @@ def load_params(
     arrays: dict[tuple[str, ...], jax.Array] = {}
     finite = np.ones(len(both), bool)
     waiting: collections.deque = collections.deque()
-    free = collections.defaultdict(list)  # host memory of a leaf's layers that are on the devices
+    free = collections.defaultdict(list)  # host memory of layers that are on the devices, by shape
+    stacks = {leaves[t.leaf] for t, _ in both if t.layer is not None and not on_host}
 
     def finish() -> None:
-        number, tensor, parts, reads = waiting.popleft()
+        number, (tensor, _), parts, reads = waiting.popleft()
         finite[number] = all([read.result() for read in reads])
         leaf = leaves[tensor.leaf]
         if on_host:
@@ -64,26 +65,31 @@ def load_params(
         if tensor.layer is None:
             arrays[tensor.leaf] = _array(leaf, parts)
             return
+        zeros, put = programs[leaf].result()
         if tensor.leaf not in arrays:
-            arrays[tensor.leaf] = _zeros(leaf)
+            arrays[tensor.leaf] = zeros()
         row = _array(mesh.part_of_stack(leaf), parts)
-        arrays[tensor.leaf] = _set(arrays[tensor.leaf], row, tensor.layer)
-        row.block_until_ready()
-        free[tensor.leaf].append(parts)
+        arrays[tensor.leaf] = put(arrays[tensor.leaf], row, tensor.layer).block_until_ready()
+        free[leaf].append(parts)
 
     by_place = sorted(enumerate(both), key=lambda item: (item[1][1].path, item[1][1].start))
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    with (
+        concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
+        concurrent.futures.ThreadPoolExecutor(THREADS) as compiling,
+    ):
+        programs = {leaf: compiling.submit(_compile, *_lower(leaf)) for leaf in stacks}
         try:
             for number, (tensor, stored) in by_place:
                 leaf, parts = leaves[tensor.leaf], on_host.get(tensor.leaf)
                 if parts is not None and tensor.layer is not None:
                     parts = {box[1:]: part[tensor.layer] for box, part in parts.items()}
-                elif parts is None and free[tensor.leaf]:
-                    parts = free[tensor.leaf].pop()
+                elif parts is None and tensor.layer is not None and free[leaf]:
+                    parts = free[leaf].pop()
                 elif parts is None:
                     parts = _empty(leaf if tensor.layer is None else mesh.part_of_stack(leaf))
-                waiting.append((number, tensor, parts, reading.submit(pool, tensor, stored, parts)))
-                if len(waiting) > AHEAD:
+                reads = reading.submit(pool, tensor, stored, parts)
+                waiting.append((number, (tensor, stored), parts, reads))
+                while sum(stored.nbytes for _, (_, stored), *_ in list(waiting)[1:]) > AHEAD:
                     finish()
             while waiting:
                 finish()
@@ -144,12 +150,13 @@ def _array(leaf: jax.ShapeDtypeStruct, parts: Mapping[Box, np.ndarray]) -> jax.A
     return jax.make_array_from_single_device_arrays(leaf.shape, _sharding(leaf), shards)
 
 
-def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    make = functools.partial(jnp.zeros, leaf.shape, leaf.dtype)
-    return jax.jit(make, out_shardings=_sharding(leaf))()
+def _lower(leaf: jax.ShapeDtypeStruct) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+    """What makes a stack of zeros, and what sets one layer of it in its own memory."""
+    place, part = _sharding(leaf), mesh.part_of_stack(leaf)
+    zeros = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=place)
+    put = jax.jit(jax.lax.dynamic_update_index_in_dim, static_argnames="axis", donate_argnums=0)
+    return zeros.lower(), put.lower(leaf, part, 0, axis=0)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _set(stack: jax.Array, row: jax.Array, index: int) -> jax.Array:
-    """The stack with one layer set, in its own memory."""
-    return jax.lax.dynamic_update_index_in_dim(stack, row, index, 0)
+def _compile(*programs: jax.stages.Lowered) -> list[jax.stages.Compiled]:
+    return [program.compile() for program in programs]
