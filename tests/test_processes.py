@@ -287,6 +287,38 @@ def test_a_peer_that_dies_or_is_silent_while_process_0_works_alone(place, dead, 
             process.kill()
 
 
+BYTES = """
+import os, sys
+
+import jax
+
+from e3jax import mesh, processes
+from e3jax.hf.load import load_params
+
+preadv, got = os.preadv, []
+
+def counted(*arguments):
+    got.append(preadv(*arguments))
+    return got[-1]
+
+processes.start(sys.argv[3], 2, int(sys.argv[-1]))
+os.preadv = counted
+with jax.set_mesh(mesh.make_mesh()):
+    load_params(sys.argv[1])
+print(sum(got))
+"""
+
+
+def test_each_process_reads_its_part_of_the_weights(place):
+    """FSDP over both: half of the matrices, and the few norms that both have."""
+    started = start(place, 2, str(place / "model"), program=("-c", BYTES))
+    assert finish(place, started) == [0, 0], said(place) + said(place, 1)
+    read = [int(said(place, number).splitlines()[-1]) for number in range(2)]
+    size = sum(x.nbytes for x in load_file(place / "model" / "model.safetensors").values())
+    assert read[0] + read[1] >= size
+    assert max(read) < 0.52 * size, (read, size)
+
+
 SLURM = """
 from e3jax import processes
 
