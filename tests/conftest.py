@@ -20,8 +20,12 @@ import pathlib
 
 import jax
 import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from e3jax import mesh
+from e3jax.config import Data
+from words_tiny import BOS, VOCAB
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -49,3 +53,56 @@ def shared() -> pathlib.Path:
     if not SHARED.is_dir():
         pytest.skip("needs ../shared")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A word-level tokenizer that puts <bos> in front and knows <eos>; no chat template."""
+    folder = tmp_path_factory.mktemp("words")
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(VOCAB)}, unk_token="<unk>")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", BOS)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def chat_folder(tokenizer_folder, tmp_path):
+    """The same with a chat template: `chat_folder(template)`."""
+
+    def make(template):
+        folder = tmp_path / "chat"
+        shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+        (folder / "chat_template.jinja").write_text(template)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def data(tmp_path):
+    """`data(window=..)`: a Data whose cache is in the test's folder."""
+    return lambda **options: Data(**{"window": 16, "cache": str(tmp_path / "cache")} | options)
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """The hub cannot be reached, and nothing is in its cache."""
+    import datasets
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise ConnectionError("name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from e3jax.hf.families import read_config
 from e3jax.hf.load import load_params
@@ -49,6 +50,12 @@ def edit_json(path: pathlib.Path, change) -> None:
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))
+
+
+def rewrite(folder, change, metadata=None) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", **(metadata or {})})
 
 
 def random_tokens(vocab: int, length: int, rows: int = 2) -> np.ndarray:

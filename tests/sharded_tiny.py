@@ -1,0 +1,46 @@
+"""Two models on four meshes of eight devices, and where their weights lie."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from e3jax.models import decoder
+from training_tiny import CFG
+
+MODELS = {
+    "even": CFG,
+    # Over model=4 the groups are sharded for 2 heads, mlp and vocabulary replicated; over model=2
+    # the vocabulary is.
+    "odd": dataclasses.replace(
+        CFG, family="qwen2", num_kv_heads=2, mlp_width=50, vocab_size=97, tied=False, qk_norm=False,
+        qkv_bias=True,
+    ),
+}  # fmt: skip
+MESHES = [(1, 8, 1), (1, 4, 2), (1, 2, 4), (2, 2, 2)]
+BY_NAME = {"x".join(map(str, sizes)): sizes for sizes in MESHES}
+everywhere = pytest.mark.parametrize("sizes", MESHES, ids=BY_NAME)
+
+
+@functools.cache
+def numbers(name, keep=None):
+    """Random numpy weights with which every layer matters; no bias is zero."""
+    cfg, rng = MODELS[name], np.random.default_rng(0)
+    draw = lambda path, leaf: (
+        0.2 * rng.normal(size=leaf.shape) + ("norm" in str(path[-1]))
+    ).astype(np.float32)
+    params = jax.tree_util.tree_map_with_path(draw, decoder.abstract_params(cfg))
+    return params if keep is None else jax.device_get(decoder.take_layers(params, keep))
+
+
+def placed(name, keep=None):
+    """The weights where the table of partition specs puts them under the mesh that is set."""
+    cfg = MODELS[name] if keep is None else MODELS[name].take_layers(keep)
+    shardings = jax.tree.map(lambda s: s.sharding, decoder.abstract_params(cfg))
+    return jax.tree.map(jax.device_put, numbers(name, keep), shardings)
+
+
+def close(found, want, rtol=1e-4, atol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), found, want)
