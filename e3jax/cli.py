@@ -76,7 +76,8 @@ AHEAD_OF_TIME = {
     "TPU_STDERR_LOG_LEVEL": "4",
     "TPU_MIN_LOG_LEVEL": "4",
 }
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what the user can put right
+# What the user can put right.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def _keys(sections: Sequence[str]) -> str:

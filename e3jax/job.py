@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
@@ -147,6 +148,16 @@ def check_window(run: config.Run, cfg: ModelConfig) -> None:
         )
 
 
+def check_batches(run: config.Run) -> None:
+    """Raises UserError where the mesh that is set cannot share the batches of both stages evenly.
+
+    They are never filled up: what a step learns must not depend on the number of devices.
+    """
+    mesh.check_shared("search.batch", run.search.batch)
+    mesh.check_shared("distill.batch", run.distill.batch)
+    mesh.check_shared("distill.microbatch", run.distill.microbatch or run.distill.batch)
+
+
 @contextlib.contextmanager
 def claim_folder(run: config.Run) -> Iterator[pathlib.Path]:
     """The run folder, created or ours already, and nobody else's while the block runs.
@@ -163,18 +174,22 @@ def claim_folder(run: config.Run) -> Iterator[pathlib.Path]:
         mark = out / "run.json"
         if out.exists() and not out.is_dir():
             raise UserError(f"out={out}: is a file; expected a folder, or a name for a new one")
-        if out.exists() and not mark.exists() and set(os.listdir(out)) - {LOCK}:
+        # A kill may leave the lock and the mark half written.
+        found = os.listdir(out) if out.exists() else []
+        strange = [name for name in found if name != LOCK and not name.startswith(".run.json.")]
+        if strange and not mark.exists():
             raise UserError(f"out={out}: not empty, and not a run of e3jax; choose another folder")
         try:
             out.mkdir(parents=True, exist_ok=True)
             lock = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             # The kernel lets go of it when the process ends, however it ends.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock)
             files.write_json(mark, configure.as_dict(run))
         except BlockingIOError:
             who = (out / LOCK).read_text() or "an unknown process"
             raise UserError(
-                f"out={out}: another run is at work there ({who.strip()}); wait, or stop it"
+                f"out={out}: another run is at work there ({who.strip()}); wait, or stop it (where "
+                f"a lost host's lock stays with the file server, remove {out / LOCK})"
             ) from None
         except OSError as error:
             raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
@@ -196,6 +211,16 @@ def claim_folder(run: config.Run) -> Iterator[pathlib.Path]:
             os.close(lock)
 
 
+def _lock(handle: int) -> None:
+    """Raises BlockingIOError where another process has it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        log.warning("the file system has no locks (%s): let one run at a time use it", error)
+
+
 def keep_compiled(out: pathlib.Path) -> None:
     """Keeps what XLA compiles in the run folder `out`, which must be ours, for a restart and for a
     baseline's recovery (the same program); elsewhere where JAX_COMPILATION_CACHE_DIR says so.
@@ -212,7 +237,16 @@ def to_batch(arrays: dict[str, np.ndarray]) -> Batch:
 
 def step_batches(windows: Windows, batch: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
     """step -> this process's rows of the shuffled batch, with the windows' numbers as `index`."""
-    return data_batches.make_batches(windows, batch, seed, rows=mesh.rows_here(batch))
+    try:
+        rows = mesh.rows_here(batch)
+    except UserError as error:
+        refusal = error
+
+        def refused(step: int) -> Any:  # a finished stage asks for none, on whatever devices
+            raise refusal
+
+        return refused
+    return data_batches.make_batches(windows, batch, seed, rows=rows)
 
 
 def ordered(windows: Windows, batch: int, limit: int | None = None) -> Iterator[Batch]:

@@ -197,16 +197,25 @@ def replicate(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, sharding((None,) * np.ndim(x))), tree)
 
 
+def check_shared(what: str, rows: int) -> None:
+    """Raises UserError, naming `what`, unless the batch axes of the mesh can share rows evenly."""
+    set_mesh = current()
+    shards = 1 if set_mesh is None else axis_size(set_mesh, BATCH)
+    if set_mesh is not None and rows % shards:
+        model = set_mesh.shape["model"] * shards // math.gcd(rows, shards)
+        raise UserError(
+            f"{what}={rows}: cannot be shared evenly by mesh.replica x mesh.data = {shards}; take "
+            f"a multiple of {shards}, or mesh.model={model}"
+        )
+
+
 def rows_here(batch: int) -> np.ndarray:
     """Which rows of a global batch the devices of this process hold: int64, ascending.
 
     All of them where the batch axes lie within a process. Raises UserError when the devices cannot
     share the rows evenly.
     """
-    set_mesh = current()
-    shards = 1 if set_mesh is None else axis_size(set_mesh, BATCH)
-    if batch % shards:
-        raise UserError(f"a batch of {batch} rows cannot be shared evenly by {shards} devices")
+    check_shared("batch", batch)
     place = sharding(("batch",))
     if place is None:
         return np.arange(batch)

@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from e3jax import config, files, job, outputs, processes, stages
-from e3jax.errors import UserError
+from e3jax import config, files, job, mesh, outputs, processes, stages
+from e3jax.errors import Diverged, UserError
 from e3jax.evaluate import table
 from e3jax.hf import families, folders, hub
 from e3jax.job import Job
@@ -38,6 +38,11 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
         if command == "train":
             train(run, out)
             return
+        fresh = processes.from_first(lambda: not (out / "search").exists())
+        if fresh and command in ("run", "search", "distill"):
+            job.check_batches(run)  # now, not after the search
+        path = hub.resolve_config(run.model.path, run.model.revision)
+        budget.make_budget(run, families.read_config(path), "float32")  # before weights are read
         job_ = job.open_job(run)
         log.info("%s", _describe_model(job_))
         if command in ("run", "evaluate"):
@@ -175,9 +180,13 @@ def _evaluate(job_: Job, mask: Mask, student: Params) -> list[table.Row]:
         table.measure_student(job_, f"{mask.selector} recovered", student, mask, "distill"),
     ]
     for name in job_.run.evaluate.baselines:
-        other = stages.shortgpt_mask(job_)
-        theirs = stages.recover(job_, other, job_.out / name)
+        other = stages.shortgpt_mask(job_, len(mask.keep))
         rows.append(table.measure(job_, f"{name} raw", job_.params, other.keep, other.tokens))
+        try:
+            theirs = stages.recover(job_, other, job_.out / name)
+        except Diverged as error:  # no reason to leave ours without an export
+            log.warning("%s: not recovered: %s", name, error)
+            continue
         rows.append(table.measure_student(job_, f"{name} recovered", theirs, other, name))
     if job_.run.evaluate.loss_curve:
         table.removal_curve(job_, mask)
@@ -209,6 +218,7 @@ def train(run: config.Run, out: pathlib.Path) -> None:
         params = decoder.init_params(jax.random.key(run.seed), cfg)
         start = {"config": dataclasses.asdict(cfg)}
     job.check_window(run, cfg)
+    mesh.check_shared("train.recipe.batch", recipe.batch)
     windows = job.tokenize(run, run.data.train, tokenizer_folder, run.data.decontaminate)
     held_out = job.tokenize(run, run.data.held_out, tokenizer_folder)
     trained = stages.train_student(
@@ -256,7 +266,8 @@ def rehearse(job_: Job) -> None:
         search=dataclasses.replace(
             run.search, keep=1, protect=(), force=(), score_every=2, **short
         ),
-        distill=dataclasses.replace(run.distill, mask=None, evaluate_every=2, **short),
+        # What two layers teach must not get into the run's own cache.
+        distill=dataclasses.replace(run.distill, mask=None, cache=None, evaluate_every=2, **short),
     )
     try:
         two = dataclasses.replace(

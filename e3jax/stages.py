@@ -94,7 +94,7 @@ def search_mask(job_: Job) -> Mask:
         "search",
         step,
         mesh.replicate(search.init_state(theta, spec)),
-        job.step_batches(job_.train, job.rows_per_batch(spec.batch), job.data_seed(run, "search")),
+        job.step_batches(job_.train, spec.batch, job.data_seed(run, "search")),
         steps=spec.steps,
         folder=folder,
         inputs=inputs,
@@ -158,10 +158,9 @@ def kl_importance(job_: Job) -> tuple[np.ndarray, int]:
     return np.asarray(value["kl"]), value["tokens"]
 
 
-def shortgpt_mask(job_: Job) -> Mask:
-    """shortgpt/mask.json: ShortGPT's choice on the same calibration windows."""
+def shortgpt_mask(job_: Job, keep: int) -> Mask:
+    """shortgpt/mask.json: ShortGPT's choice of `keep` layers on the same calibration windows."""
     spec, cfg = job_.run.search, job_.cfg
-    keep = search.resolve_keep(spec.keep, cfg.num_layers)
     inputs = job_.inputs(train=job_.train.fingerprint, windows=spec.init_windows, keep=keep)
 
     def make() -> dict[str, Any]:
@@ -215,7 +214,9 @@ def recover(job_: Job, mask: Mask, folder: pathlib.Path) -> Params:
 
     mean_entropy = 1.0
     if recipe.weight != "uniform":
-        facts = job_.inputs(train=job_.train.fingerprint, temperature=recipe.temperature)
+        facts = job_.inputs(
+            train=job_.train.fingerprint, temperature=recipe.temperature, teacher=recipe.teacher
+        )
         mean_entropy = job.once(job_.out / "distill" / "entropy.json", facts, entropy)
     return train_student(
         folder.name,
@@ -280,9 +281,7 @@ def train_student(
             values |= {"held_out_kl": found.kl, "held_out_agreement": found.agreement}
         return state, values
 
-    batches = job.step_batches(
-        train, job.rows_per_batch(recipe.batch), job.data_seed(run, "distill")
-    )
+    batches = job.step_batches(train, recipe.batch, job.data_seed(run, "distill"))
     if cache is not None:
         plain_batches = batches
 
@@ -291,7 +290,9 @@ def train_student(
             return arrays | cache.read(arrays["index"])
 
     decides = dataclasses.asdict(recipe)
-    del decides["checkpoint_every"], decides["cache"]  # a place
+    # Places, and what another mesh may need to be another: no result but for rounding.
+    for key in ("checkpoint_every", "cache", "mask", "microbatch", "chunk"):
+        del decides[key]
     state = fit(
         name,
         step,

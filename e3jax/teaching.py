@@ -24,10 +24,13 @@ def teacher_cache(job_: Job) -> TeacherCache:
     windows when a run needs more. Each process writes files of its own.
     """
     recipe = job_.run.distill
+    if recipe.top_k > job_.cfg.vocab_size:
+        raise UserError(
+            f"distill.top_k={recipe.top_k}: the model's vocabulary has {job_.cfg.vocab_size} tokens"
+        )
     place = recipe.cache or str(job_.out / "teacher")
-    rows = job.rows_per_batch(recipe.batch)
     seed = job.data_seed(job_.run, "distill")
-    used = batches.used_windows(len(job_.train), rows, seed, recipe.steps)
+    used = batches.used_windows(len(job_.train), recipe.batch, seed, recipe.steps)
     facts = (place, job_.train, recipe.top_k, recipe.temperature, job_.identity, used)
     made = None
 

@@ -139,3 +139,15 @@ def test_the_rows_of_processes_make_up_the_batch(monkeypatch, count, sizes):
         assert np.array_equal(np.concatenate(held), np.arange(16))
     for row, owner in enumerate(owners):
         assert owner == min(number for number in range(count) if row in held[number])
+
+
+def test_a_batch_that_the_devices_cannot_share():
+    """It is not filled up: what a step learns must not depend on the number of devices."""
+    with set_mesh(1, 8, 1), pytest.raises(UserError) as error:
+        mesh.check_shared("search.batch", 12)
+    assert "search.batch=12" in str(error.value)
+    assert "a multiple of 8, or mesh.model=2" in str(error.value)
+    for sizes in [(1, 4, 2), (2, 2, 2), (1, 1, 1)]:
+        with set_mesh(*sizes):
+            mesh.check_shared("search.batch", 12)
+    mesh.check_shared("search.batch", 13)  # no mesh

@@ -1,7 +1,10 @@
 """What happens around a run: damaged disks, other users of the files, slow ends."""
 
+import errno
 import logging
 import os
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -100,3 +103,20 @@ def test_files_are_as_readable_as_the_user_has_it(tmp_path):
     finally:
         os.umask(old)
     assert (tmp_path / "mask.json").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_disk_that_is_full_for_tensorboard_alone(tmp_path, monkeypatch):
+    """Its thread ends, and nobody takes from its queue any more: an error, and no waiting."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    record = Metrics(tmp_path, "toy", start=0, steps=1000)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter.write_event", full)
+    with pytest.raises(OSError, match="TensorBoard's file cannot be written") as found:
+        for step in range(1000):
+            record.log(step, {"loss": 1.0})
+            time.sleep(0.01)
+    assert found.value.errno == errno.ENOSPC
+    record.close()

@@ -73,7 +73,10 @@ def _once(
     spec = job_.run.evaluate
     path = job_.out / "evaluate" / f"{model.replace(' ', '-')}.json"
     facts = job_.inputs(
-        **inputs, evaluate=spec, measured=job_.measured.fingerprint, test=job_.run.data.test
+        **inputs,
+        evaluate=spec,
+        measured=job_.measured.fingerprint,
+        test=files.fingerprint(job_.problems) if job_.run.data.test else None,
     )
     return Row(**job.once(path, facts, lambda: _measure(job_, model, keep, params(), tokens, path)))
 

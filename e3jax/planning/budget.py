@@ -26,6 +26,7 @@ class Budget:
     distill_tokens: int
     teacher_cache_bytes: int
     checkpoint_bytes: int
+    checkpoints: int  # that there may be at a time: latest, best and the one being written
     export_bytes: int
 
     @property
@@ -59,7 +60,8 @@ def make_budget(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Budget:
         if distill.teacher == "cache"
         else 0,
         checkpoint_bytes=12 * after,  # parameters and two moments, float32
-        export_bytes=BYTES[dtype] * after,
+        checkpoints=(run.keep_checkpoints + 2) * (1 + len(run.evaluate.baselines)),
+        export_bytes=BYTES[dtype] * after * (1 + run.export.raw),
     )
 
 
@@ -79,7 +81,11 @@ def describe(counted: Budget) -> str:
         ("distillation", f"<= {_si(counted.distill_tokens)} tokens"),
         ("in all", f"<= {_si(counted.tokens)} tokens through masked or student models"),
         ("teacher cache", f"{_si(counted.teacher_cache_bytes)}B before compression"),
-        ("checkpoint", f"{_si(counted.checkpoint_bytes)}B each"),
+        (
+            "checkpoints",
+            f"{_si(counted.checkpoint_bytes)}B each, up to {counted.checkpoints} at a time, "
+            "baselines' included",
+        ),
         ("export", f"{_si(counted.export_bytes)}B"),
     ]
     return "\n".join(f"  {name:<16} {text}" for name, text in lines)

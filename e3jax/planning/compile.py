@@ -117,8 +117,7 @@ def search_inputs(run: config.Run, cfg: ModelConfig, source_dtype: str) -> tuple
     )
     state = search.abstract_state(cfg, spec)
     params = decoder.abstract_params(cfg, jnp.dtype(source_dtype))
-    rows = job.rows_per_batch(spec.batch)
-    return step, (state, params, decoder.abstract_batch(rows, run.data.window))
+    return step, (state, params, decoder.abstract_batch(spec.batch, run.data.window))
 
 
 def train_inputs(run: config.Run, cfg: ModelConfig, source_dtype: str) -> tuple[Any, tuple]:
@@ -134,7 +133,7 @@ def train_inputs(run: config.Run, cfg: ModelConfig, source_dtype: str) -> tuple[
         remat=run.model.remat,
     )
     state = distill.abstract_state(student, optimizer)
-    rows, window = job.rows_per_batch(recipe.batch), run.data.window
+    rows, window = recipe.batch, run.data.window
     teacher = stored = None
     if recipe.teacher == "online":
         teacher = decoder.abstract_params(cfg, jnp.dtype(source_dtype))

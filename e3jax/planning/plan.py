@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from e3jax import config
+from e3jax import config, job
 from e3jax.models.config import ModelConfig
 from e3jax.planning import budget, compile, cost
 from e3jax.planning.budget import Budget
@@ -73,6 +73,9 @@ def make_plan(
     devices = compile.open_mesh(topology, run.mesh)
     mesh = cost.Mesh(**devices.shape)
 
+    with jax.set_mesh(devices):
+        job.check_batches(run)
+
     def measure(step: Any) -> Memory:
         with jax.set_mesh(devices):  # of this thread
             return step(run, cfg, source_dtype, topology)
@@ -96,14 +99,10 @@ def make_plan(
         distill_flops=cost.train_flops(run, cfg),
         search_step=cost.search_roofline(run, cfg, topology, mesh),
         distill_step=cost.train_roofline(run, cfg, topology, mesh),
-        search_tokens=_rows(run.search.batch, mesh) * run.data.window,
-        distill_tokens=_rows(run.distill.batch, mesh) * run.data.window,
+        search_tokens=run.search.batch * run.data.window,
+        distill_tokens=run.distill.batch * run.data.window,
         stages=tuple(_stages(run, cfg, topology, mesh, counted)),
     )
-
-
-def _rows(batch: int, mesh: cost.Mesh) -> int:
-    return -(-batch // mesh.shards) * mesh.shards
 
 
 def _stages(
@@ -119,7 +118,7 @@ def _stages(
 
     window = run.data.window
     micro = recipe.microbatch or recipe.batch
-    importance = counted.importance_tokens / (_rows(search.batch, mesh) * window)
+    importance = counted.importance_tokens / (search.batch * window)
     scores = counted.scoring_tokens / (search.score_windows * window)
     distill = cost.train_roofline(run, cfg, topology, mesh).seconds / 3600
     found = [
@@ -134,7 +133,7 @@ def _stages(
         stage("distillation", counted.distill_tokens, distill, recipe.steps),
     ]
     if recipe.teacher == "cache":
-        batches = counted.distill_tokens / (_rows(micro, mesh) * window)
+        batches = counted.distill_tokens / (micro * window)
         found.insert(3, stage("teacher cache", counted.distill_tokens, forward(micro, 1), batches))
     for name in run.evaluate.baselines:
         found.append(stage(f"{name} recovery", counted.distill_tokens, distill, recipe.steps))
@@ -200,6 +199,10 @@ def describe(plan: Plan) -> str:
     rates = [n / step.seconds for n, step in zip(tokens, steps, strict=True)]
     lines.append(f"  {'bound by':<20}" + "".join(f" {step.bound[:8]:>8}" for step in steps))
     lines.append(f"  {'k tokens/s':<20}" + "".join(f"{x / 1e3:9.1f}" for x in rates))
+    if t.slices > 1 and mesh.replica % t.slices:
+        lines.append(
+            f"  weights cross the network between slices; mesh.replica={t.slices} keeps them in one"
+        )
     flops = (plan.search_flops, plan.distill_flops)
     lines.append(f"  {'GFLOP a token':<20}" + "".join(f"{x / 1e9:9.1f}" for x in flops))
     lines += [
@@ -216,6 +219,7 @@ def describe(plan: Plan) -> str:
         f"  hours: at the roofline, and at the {SHARE:.0%} of it that is assumed (not measured), as"
         " chip-hours are",
         "  not counted: loading, tokenising, held-out figures in recovery, export, decoding",
+        "  going on from a checkpoint holds parameters and optimiser twice while it is read",
         "",
         budget.describe(plan.budget),
         "",

@@ -60,6 +60,7 @@ def rank(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topolog
     found = [
         choice
         for sizes in _meshes(cfg, topology)
+        if run.search.batch % sizes.shards == 0
         for choice in _choices(run, cfg, source_dtype, topology, sizes)
     ]
     if not found:

@@ -79,6 +79,8 @@ class Checkpoints:
             try:
                 state = self._load(step, abstract_state)
             except Exception as error:
+                if "RESOURCE_EXHAUSTED" in str(error):  # not the checkpoint's fault
+                    raise
                 log.warning("%s: step %d cannot be read: %s", self.folder, step, _reason(error))
             if not processes.everywhere(state is not None):
                 torn.append(step)

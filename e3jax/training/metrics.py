@@ -1,5 +1,6 @@
 """The record of a stage: JSON lines, TensorBoard beside it, and progress for a person to read."""
 
+import errno
 import json
 import logging
 import os
@@ -69,9 +70,19 @@ class Metrics:
             self._show(step, values)
 
     def _draw(self, step: int, values: Mapping[str, Any]) -> None:
+        if not self._drawing():
+            raise OSError(errno.ENOSPC, "TensorBoard's file cannot be written", self._board.logdir)
         for key, value in values.items():
             if key != "step" and isinstance(value, int | float):
                 self._board.add_scalar(key, value, step)
+
+    def _drawing(self) -> bool:
+        """Whether TensorBoard's thread lives: it ends with a full disk, and then its queue blocks
+        whoever adds to it."""
+        return self._events()._worker.is_alive()
+
+    def _events(self) -> Any:
+        return self._board._get_file_writer().event_writer
 
     def say(self, text: str) -> None:
         """A line for the person watching, above the bar or among the plain lines."""
@@ -104,7 +115,10 @@ class Metrics:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        self._board.close()
+        if self._drawing():
+            self._board.close()
+        else:  # nor may the end of the process wait for what nobody takes
+            self._events()._event_queue.cancel_join_thread()
 
 
 def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from e3jax import config, mesh
-from e3jax.errors import UserError
 
 Tree = Any
 
@@ -59,14 +58,7 @@ def split_microbatches(batch: Tree, count: int) -> Tree:
     Rows are dealt out with a stride, so each device's rows stay where they are.
     Raises UserError when the devices cannot share a micro-batch evenly.
     """
-    found = mesh.current()
-    shards = 1 if found is None else mesh.axis_size(found, mesh.BATCH)
-    total = len(jax.tree.leaves(batch)[0])
-    if total % (count * shards):
-        raise UserError(
-            f"microbatch: {count} micro-batches of a batch of {total} windows cannot be shared "
-            f"evenly by {shards} devices; make it a multiple of {shards} that divides the batch"
-        )
+    mesh.check_shared("microbatch", len(jax.tree.leaves(batch)[0]) // count)
 
     def split(x: jax.Array) -> jax.Array:
         rows = x.shape[0] // count
