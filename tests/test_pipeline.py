@@ -21,6 +21,7 @@ from e3jax.models.config import ModelConfig
 from e3jax.report import plots
 from e3jax.training import loop
 from e3jax.training.metrics import read_metrics
+from hf_tiny import edit_json
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 
@@ -58,6 +59,10 @@ def place(tmp_path_factory):
     tokenizer = files.bundled("demo/model")
     export_new(params, CFG, tokenizer, place / "model", card="", bos=1, eos=2, pad=0)
     (place / "model" / "README.md").write_text("---\nlicense: mit\n---\n# tiny\n")
+    # Greedy is without it, here and in the check through transformers.
+    edit_json(
+        place / "model" / "generation_config.json", lambda c: c.update(repetition_penalty=1.5)
+    )
     parts = {"out": place / "out", "model": place / "model", "cache": place / "cache"}
     (place / "run.yaml").write_text(SETTINGS.format(**parts))
     assert command(place, "run", "export.raw=true") == 0
@@ -188,6 +193,22 @@ def test_another_configuration_is_refused(place, no_work, capsys):
 
 
 # ---------------------------------------------------------------- the export's verification
+
+
+def test_what_the_model_cannot_have_is_told_before_it_is_read(place, tmp_path, monkeypatch, capsys):
+    def never(*_, **__):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("e3jax.hf.load.load_params", never)
+    assert command(place, "run", f"out={tmp_path}/out", "search.keep=9") == 2
+    assert "search.keep" in capsys.readouterr().err
+
+
+def test_more_outcomes_than_the_vocabulary_has(place, copy, capsys):
+    cached = ("distill.teacher=cache", "distill.top_k=100")
+    assert command(place, "distill", f"out={copy}", *cached) == 2
+    assert "distill.top_k=100: the model's vocabulary has 96" in capsys.readouterr().err
+    assert not (copy / "teacher").exists()
 
 
 def test_failed_verification_leaves_nothing(copy, place, monkeypatch, capsys):

@@ -153,6 +153,8 @@ def test_a_finished_stage_takes_no_step(configuration, whole, monkeypatch, capsy
     monkeypatch.setattr("e3jax.stages.kl_importance", never)
     assert cli.main(["distill", "--config", str(configuration)]) == 0
     assert {path: path.read_bytes() for path in kept} == kept
+    # Another mesh may need another micro-batch.
+    assert cli.main(["distill", "--config", str(configuration), "distill.microbatch=2"]) == 0
 
 
 def test_checkpoints_of_another_configuration(configuration, whole, capsys):
@@ -177,7 +179,8 @@ def test_a_run_that_diverges_exits_with_1_and_a_message(configuration, whole):
 def test_the_rehearsal_passes_through_every_stage_and_leaves_nothing(
     configuration, tmp_path, one_device, monkeypatch
 ):
-    run = configure.load_run(configuration, [f"out={tmp_path}/run"])
+    cached = ("distill.teacher=cache", "distill.top_k=8", f"distill.cache={tmp_path}/cache")
+    run = configure.load_run(configuration, [f"out={tmp_path}/run", *cached])
     job_ = job.open_job(run)
     passed = []
     for name in ("search_mask", "recover"):
@@ -192,5 +195,6 @@ def test_the_rehearsal_passes_through_every_stage_and_leaves_nothing(
     frozen = [leaf.sum() for leaf in (job_.params["embed"], job_.params["final_norm"])]
     pipeline.rehearse(job_)
     assert passed == ["search_mask", "recover"]
+    assert not (tmp_path / "cache").exists()  # which is for what the whole model says
     assert sorted(job_.out.rglob("*")) == before
     assert [leaf.sum() for leaf in (job_.params["embed"], job_.params["final_norm"])] == frozen
