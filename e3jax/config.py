@@ -4,7 +4,7 @@
 """
 
 import re
-from typing import Annotated, Literal, TypeVar, cast, dataclass_transform
+from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
 
 import pydantic
 from pydantic import Field
@@ -220,6 +220,9 @@ class Distill:
         return self
 
 
+PLAIN: dict[str, Any] = {"teacher": "none", "weight": "uniform", "ce": 1.0}
+
+
 @strict
 class Train:
     config: str | None = Field(
@@ -227,9 +230,12 @@ class Train:
         description="config.json to start from scratch with; none = continue model.path",
     )
     tokenizer: str | None = Field(default=None, description="tokenizer folder, with config")
-    recipe: Distill = Field(
-        default=Distill(teacher="none", weight="uniform", ce=1.0), description=""
-    )
+    recipe: Distill = Field(default=Distill(**PLAIN), description="")
+
+    @pydantic.field_validator("recipe", mode="before")
+    @classmethod
+    def _plain(cls, recipe: Any) -> Any:
+        return PLAIN | recipe if isinstance(recipe, dict) else recipe
 
 
 @strict
