@@ -4,6 +4,7 @@ import logging
 import os
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from transformers.utils.import_utils import is_torch_available
 
 from e3jax import config, files, job, mesh, processes
 from e3jax.data import text
+from e3jax.data.windows import Windows
 from e3jax.errors import UserError
 from e3jax.evaluate.table import Row
 from e3jax.hf import aside, families, folders, load
@@ -54,12 +56,8 @@ def export(
         shard_gb=spec.shard_gb,
         recovered=files.read_json(training) if training else None,
     )
-    if processes.from_first((out / aside.RECORD).exists):
-        if not (changed := files.differences(files.read_json(out / aside.RECORD), inputs)):
-            log.info("export: %s is there already, from the same model", out)
-            return
-        listed = "\n  ".join(changed)
-        raise UserError(f"{out}: holds the export of another model:\n  {listed}\nremove it first")
+    if _is_there(out, inputs):
+        return
     cfg = job_.cfg.take_layers(mask.keep)
     dtype = folders.source_dtype(job_.source) if spec.dtype == "source" else spec.dtype
     stored = jax.tree.map(lambda w: w.astype(dtype), params)
@@ -74,8 +72,12 @@ def export(
         chosen_by=mask.chosen_by,
     )
 
+    prompts = None
+    if job_.run.data.test:
+        prompts = [list(problem.prompt_ids) for problem in job_.problems[:PROBES]]
+
     def verify(folder: pathlib.Path) -> None:
-        _verify(folder, out, stored, cfg, job_, transformers)
+        _verify(folder, out, stored, cfg, job_.train, prompts, job_.eos, transformers)
         if processes.is_first():
             files.write_json(folder / aside.RECORD, inputs)  # so that it appears with the folder
 
@@ -93,28 +95,63 @@ def export(
     log.info("export: %s, read back and verified", out)
 
 
+def _is_there(out: pathlib.Path, inputs: dict[str, Any]) -> bool:
+    """Whether the export is there, made from the same; UserError where it is made from other."""
+    if not processes.from_first((out / aside.RECORD).exists):
+        return False
+    if changed := files.differences(files.read_json(out / aside.RECORD), inputs):
+        listed = "\n  ".join(changed)
+        raise UserError(f"{out}: holds the export of another model:\n  {listed}\nremove it first")
+    log.info("export: %s is there already, from the same model", out)
+    return True
+
+
 def export_trained(
-    run: config.Run, cfg: ModelConfig, params: Params, source: pathlib.Path, out: pathlib.Path
+    run: config.Run,
+    cfg: ModelConfig,
+    params: Params,
+    source: pathlib.Path,
+    out: pathlib.Path,
+    windows: Windows,
 ) -> None:
-    """Writes a model made by `train`, with the tokenizer of the folder `source`.
+    """Writes a model made by `train`, with the tokenizer of the folder `source`; verified on
+    `windows` as an export is.
 
     One that went on from a checkpoint keeps that checkpoint's config.json and licence; one from
     scratch gets a new config.json.
     """
-    if processes.from_first(out.exists):
-        log.info("export: %s is there already", out)
+    spec, trained = run.export, out.parent / "train" / "checkpoints" / "inputs.json"
+    inputs = files.plain_tree(
+        {"trained": files.read_json(trained), "dtype_out": spec.dtype, "shard_gb": spec.shard_gb}
+    )
+    if _is_there(out, inputs):
         return
+    tokenizer = text.load_tokenizer(source)
     dtype = "float32" if run.export.dtype == "source" else run.export.dtype
     stored = jax.tree.map(lambda w: w.astype(dtype), params)
     shard_bytes = int(run.export.shard_gb * 1e9)
+    eos = tokenizer.eos_token_id
+
+    def verify(folder: pathlib.Path) -> None:
+        _verify(folder, out, stored, cfg, windows, None, () if eos is None else (eos,), True)
+        if processes.is_first():
+            files.write_json(folder / aside.RECORD, inputs)
+
     if run.train.config is None:
         card = cards.trained_card(out.parent.name, run.model.path, cards.read_license(source))
         layers = range(cfg.num_layers)
         hf_export.export(
-            stored, layers, cfg, source, out, card=card, dtype=dtype, shard_bytes=shard_bytes
+            stored,
+            layers,
+            cfg,
+            source,
+            out,
+            card=card,
+            dtype=dtype,
+            shard_bytes=shard_bytes,
+            verify=verify,
         )
         return
-    tokenizer = text.load_tokenizer(source)
     hf_export.export_new(
         stored,
         cfg,
@@ -122,10 +159,11 @@ def export_trained(
         out,
         card=cards.trained_card(out.parent.name),
         bos=tokenizer.bos_token_id,
-        eos=tokenizer.eos_token_id,
+        eos=eos,
         pad=tokenizer.pad_token_id,
         dtype=dtype,
         shard_bytes=shard_bytes,
+        verify=verify,
     )
 
 
@@ -137,13 +175,15 @@ def _verify(
     out: pathlib.Path,
     params: Params,
     cfg: ModelConfig,
-    job_: Job,
+    windows: Windows,
+    prompts: Sequence[list[int]] | None,
+    eos: Sequence[int],
     transformers: bool,
 ) -> None:
     """Raises UserError unless the folder's model gives the logits of `params`, in float32."""
     read = load.load_params(folder, families.read_config(folder))
-    windows = next(job.ordered(job_.train, PROBES, PROBES))
-    batch = mesh.shard_batch(jax.tree.map(lambda x: x[:, :PROBE_TOKENS], windows))
+    probes = next(job.ordered(windows, PROBES, PROBES))
+    batch = mesh.shard_batch(jax.tree.map(lambda x: x[:, :PROBE_TOKENS], probes))
 
     def logits(params: Params, batch: decoder.Batch) -> jax.Array:
         h = decoder.hidden(params, batch, cfg, dtype=jnp.float32, remat="none")
@@ -177,7 +217,8 @@ def _verify(
             again,
         )
         return
-    _check_transformers(folder, out, params, cfg, job_, logits)
+    prompts = prompts or [windows.tokens[0][:32].tolist()]
+    _check_transformers(folder, out, params, cfg, prompts, eos, logits)
 
 
 def _host_memory() -> int:
@@ -205,17 +246,14 @@ def _check_transformers(
     out: pathlib.Path,
     params: Params,
     cfg: ModelConfig,
-    job_: Job,
+    prompts: Sequence[list[int]],
+    eos: Sequence[int],
     logits: Callable[[Params, decoder.Batch], jax.Array],
 ) -> None:
     """The export as its users load it: same float32 logits and, token for token, greedy answers.
 
     All processes compute ours; process 0 loads the folder and compares.
     """
-    if job_.run.data.test:
-        prompts = [list(problem.prompt_ids) for problem in job_.problems[:PROBES]]
-    else:
-        prompts = [job_.train.tokens[0][:32].tolist()]
     width = max(map(len, prompts))
     rows = job.rows_per_batch(len(prompts))
     tokens = np.zeros((rows, width), np.int32)
@@ -237,7 +275,7 @@ def _check_transformers(
     ours = processes.whole(answered(params, mesh.shard_batch(here)))
     tokens = tokens[: len(prompts)]
     count = min(64, cfg.max_position - width)
-    greedy = make_greedy(cfg, dtype=jnp.float32, max_new_tokens=count, eos=job_.eos)
+    greedy = make_greedy(cfg, dtype=jnp.float32, max_new_tokens=count, eos=eos)
     answers = list(generate(greedy, params, prompts, rows))
 
     def compare() -> None:
@@ -260,7 +298,7 @@ def _check_transformers(
                     max_new_tokens=count,
                     do_sample=False,
                     num_beams=1,
-                    eos_token_id=list(job_.eos) or None,
+                    eos_token_id=list(eos) or None,
                     pad_token_id=0,
                 )
             theirs = found[0, len(prompt) :].tolist()

@@ -233,7 +233,7 @@ def train(run: config.Run, out: pathlib.Path) -> None:
         inputs=start | {"seed": run.seed, "dtype": run.model.dtype},
         folder=out / "train",
     )
-    outputs.export_trained(run, cfg, trained, tokenizer_folder, out / "export")
+    outputs.export_trained(run, cfg, trained, tokenizer_folder, out / "export", windows)
     print(f"trained: {out}/export")
 
 

@@ -285,13 +285,18 @@ def test_distillation_from_a_teacher_cache(copy, place, monkeypatch, caplog):
     assert [x["loss"] for x in steps_and_figures(copy)[0]] == [x["loss"] for x in train]
 
 
-def test_train_from_a_checkpoint_and_from_scratch(place, tmp_path):
+def test_train_from_a_checkpoint_and_from_scratch(place, tmp_path, caplog, capsys):
+    caplog.set_level(logging.INFO)
     steps = "train.recipe={steps: 2, batch: 8}"  # and the rest is plain training's
     assert command(place, "train", steps, f"out={tmp_path / 'on'}") == 0
     on = tmp_path / "on" / "export"
     config = json.loads((on / "config.json").read_text())
     assert config == json.loads((place / "model" / "config.json").read_text())
     assert "license: mit" in (on / "README.md").read_text()
+    assert told(caplog).count("logits against") == 2 and "greedy answers equal" in told(caplog)
+    again = (f"out={tmp_path / 'on'}", "export.dtype=bfloat16")
+    assert command(place, "train", steps, *again) == 2
+    assert "dtype_out: 'source' -> 'bfloat16'" in capsys.readouterr().err
     scratch = [f"train.config={place}/model/config.json", f"train.tokenizer={place}/model"]
     assert command(place, "train", steps, *scratch, f"out={tmp_path / 'new'}") == 0
     new = tmp_path / "new" / "export"
