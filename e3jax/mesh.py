@@ -199,9 +199,10 @@ def replicate(tree: Any) -> Any:
 
 def check_shared(what: str, rows: int) -> None:
     """Raises UserError, naming `what`, unless the batch axes of the mesh can share rows evenly."""
-    set_mesh = current()
-    shards = 1 if set_mesh is None else axis_size(set_mesh, BATCH)
-    if set_mesh is not None and rows % shards:
+    if (set_mesh := current()) is None:
+        return
+    shards = axis_size(set_mesh, BATCH)
+    if rows % shards:
         model = set_mesh.shape["model"] * shards // math.gcd(rows, shards)
         raise UserError(
             f"{what}={rows}: cannot be shared evenly by mesh.replica x mesh.data = {shards}; take "

@@ -177,10 +177,9 @@ def _look(closed: threading.Event) -> None:
 
 
 def leave() -> NoReturn:
-    """Ends this process at once, of several when the others can do without it.
+    """Ends this process at once; one of several once the others have heard of the notice.
 
-    They hear of the notice from a store that ends with process 0, and what this process was to do
-    for them fails with it: each has until then been told why.
+    What they wait for fails when this one ends, and the store they hear from ends with process 0.
     """
     if jax.process_count() > 1:
         time.sleep(2 * LOOK_S)

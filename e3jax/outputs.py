@@ -1,6 +1,7 @@
 """What a run leaves for others: exported checkpoints, read back and compared before they count."""
 
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -75,12 +76,6 @@ def export(
     prompts = None
     if job_.run.data.test:
         prompts = [list(problem.prompt_ids) for problem in job_.problems[:PROBES]]
-
-    def verify(folder: pathlib.Path) -> None:
-        _verify(folder, out, stored, cfg, job_.train, prompts, job_.eos, transformers)
-        if processes.is_first():
-            files.write_json(folder / aside.RECORD, inputs)  # so that it appears with the folder
-
     hf_export.export(
         stored,
         mask.keep,
@@ -90,7 +85,9 @@ def export(
         card=card,
         dtype=dtype,
         shard_bytes=int(spec.shard_gb * 1e9),
-        verify=verify,
+        verify=lambda folder: _verify(
+            folder, out, stored, cfg, inputs, job_.train, prompts, job_.eos, transformers
+        ),
     )
     log.info("export: %s, read back and verified", out)
 
@@ -127,30 +124,20 @@ def export_trained(
     if _is_there(out, inputs):
         return
     tokenizer = text.load_tokenizer(source)
-    dtype = "float32" if run.export.dtype == "source" else run.export.dtype
-    stored = jax.tree.map(lambda w: w.astype(dtype), params)
-    shard_bytes = int(run.export.shard_gb * 1e9)
     eos = tokenizer.eos_token_id
-
-    def verify(folder: pathlib.Path) -> None:
-        _verify(folder, out, stored, cfg, windows, None, () if eos is None else (eos,), True)
-        if processes.is_first():
-            files.write_json(folder / aside.RECORD, inputs)
-
+    dtype = "float32" if spec.dtype == "source" else spec.dtype
+    stored = jax.tree.map(lambda w: w.astype(dtype), params)
+    write: dict[str, Any] = {
+        "dtype": dtype,
+        "shard_bytes": int(spec.shard_gb * 1e9),
+        "verify": lambda folder: _verify(
+            folder, out, stored, cfg, inputs, windows, None, () if eos is None else (eos,), True
+        ),
+    }
     if run.train.config is None:
         card = cards.trained_card(out.parent.name, run.model.path, cards.read_license(source))
         layers = range(cfg.num_layers)
-        hf_export.export(
-            stored,
-            layers,
-            cfg,
-            source,
-            out,
-            card=card,
-            dtype=dtype,
-            shard_bytes=shard_bytes,
-            verify=verify,
-        )
+        hf_export.export(stored, layers, cfg, source, out, card=card, **write)
         return
     hf_export.export_new(
         stored,
@@ -161,9 +148,7 @@ def export_trained(
         bos=tokenizer.bos_token_id,
         eos=eos,
         pad=tokenizer.pad_token_id,
-        dtype=dtype,
-        shard_bytes=shard_bytes,
-        verify=verify,
+        **write,
     )
 
 
@@ -175,12 +160,17 @@ def _verify(
     out: pathlib.Path,
     params: Params,
     cfg: ModelConfig,
+    inputs: dict[str, Any],
     windows: Windows,
     prompts: Sequence[list[int]] | None,
     eos: Sequence[int],
     transformers: bool,
 ) -> None:
-    """Raises UserError unless the folder's model gives the logits of `params`, in float32."""
+    """Raises UserError unless the folder's model gives the logits of `params`, in float32.
+
+    Then `inputs` are kept in it, so that they appear with the folder. prompts None = the beginning
+    of the first window.
+    """
     read = load.load_params(folder, families.read_config(folder))
     probes = next(job.ordered(windows, PROBES, PROBES))
     batch = mesh.shard_batch(jax.tree.map(lambda x: x[:, :PROBE_TOKENS], probes))
@@ -196,8 +186,15 @@ def _verify(
 
     _compare("its own read-back", out, *map(float, distance(batch, params, read)))
     del read
-    if not transformers:
-        return
+    if transformers and _can_check_transformers(out, cfg):
+        prompts = prompts or [windows.tokens[0][:32].tolist()]
+        _check_transformers(folder, out, params, cfg, prompts, eos, logits)
+    if processes.is_first():
+        files.write_json(folder / aside.RECORD, inputs)
+
+
+def _can_check_transformers(out: pathlib.Path, cfg: ModelConfig) -> bool:
+    """Whether torch and the memory for it are there; logs what is missing and how to have it."""
     again = f"remove {out} and give the same command again"
     # Process 0 runs it, and decides for all whether it can.
     if not processes.from_first(is_torch_available):  # missing, or older than transformers takes
@@ -206,7 +203,7 @@ def _verify(
             "to have it, `pip install -U torch`, %s",
             again,
         )
-        return
+        return False
     needed, memory = 3 * 4 * decoder.count_params(cfg), processes.from_first(_host_memory)
     if needed > memory:
         log.info(
@@ -216,9 +213,8 @@ def _verify(
             memory / 1e9,
             again,
         )
-        return
-    prompts = prompts or [windows.tokens[0][:32].tolist()]
-    _check_transformers(folder, out, params, cfg, prompts, eos, logits)
+        return False
+    return True
 
 
 def _host_memory() -> int:
@@ -232,7 +228,7 @@ def _host_memory() -> int:
 
 
 def _compare(what: str, out: pathlib.Path, difference: float, greatest: float) -> None:
-    error = difference / greatest
+    error = difference / greatest if greatest else math.nan  # no model at all
     log.info("export: logits against %s: relative difference %.1e", what, error)
     if not error <= TOLERANCE:
         raise UserError(

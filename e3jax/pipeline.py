@@ -38,16 +38,16 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
         if command == "train":
             train(run, out)
             return
-        fresh = processes.from_first(lambda: not (out / "search").exists())
-        if fresh and command in ("run", "search", "distill"):
+        begun = processes.from_first(lambda: [(out / x).exists() for x in ("search", "distill")])
+        if not any(begun) and command in ("run", "search", "distill"):
             job.check_batches(run)  # now, not after the search
         path = hub.resolve_config(run.model.path, run.model.revision)
-        budget.make_budget(run, families.read_config(path), "float32")  # before weights are read
+        planned = budget.make_budget(run, families.read_config(path), folders.planned_dtype(path))
         job_ = job.open_job(run)
         log.info("%s", _describe_model(job_))
         if command in ("run", "evaluate"):
             _ = job_.problems, job_.measured  # what is wrong with them is told before the training
-        _rehearse_if_long(job_)
+        _rehearse_if_long(job_, planned.tokens)
         COMMANDS[command](job_)
 
 
@@ -240,9 +240,8 @@ def train(run: config.Run, out: pathlib.Path) -> None:
 # ---------------------------------------------------------------- rehearsal
 
 
-def _rehearse_if_long(job_: Job) -> None:
-    planned = budget.make_budget(job_.run, job_.cfg, folders.source_dtype(job_.source))
-    if planned.tokens >= REHEARSE_FROM and job_.cfg.num_layers > 2:
+def _rehearse_if_long(job_: Job, tokens: int) -> None:
+    if tokens >= REHEARSE_FROM and job_.cfg.num_layers > 2:
         begun = time.monotonic()
         rehearse(job_)
         log.info("rehearsal on two layers passed in %.0f s", time.monotonic() - begun)

@@ -192,9 +192,6 @@ def test_another_configuration_is_refused(place, no_work, capsys):
     assert "dtype_out: 'source' -> 'bfloat16'" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- the export's verification
-
-
 def test_what_the_model_cannot_have_is_told_before_it_is_read(place, tmp_path, monkeypatch, capsys):
     def never(*_, **__):
         raise AssertionError("weights were read")
@@ -209,6 +206,9 @@ def test_more_outcomes_than_the_vocabulary_has(place, copy, capsys):
     assert command(place, "distill", f"out={copy}", *cached) == 2
     assert "distill.top_k=100: the model's vocabulary has 96" in capsys.readouterr().err
     assert not (copy / "teacher").exists()
+
+
+# ---------------------------------------------------------------- the export's verification
 
 
 def test_failed_verification_leaves_nothing(copy, place, monkeypatch, capsys):

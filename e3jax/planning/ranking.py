@@ -66,7 +66,8 @@ def rank(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topolog
     if not found:
         raise UserError(
             f"distill.batch={run.distill.batch}: no mesh of {topology.text} ({topology.devices} "
-            "devices) can share its windows evenly; make it a multiple of the devices"
+            f"devices) can share its windows and those of search.batch={run.search.batch} evenly; "
+            "make both multiples of the devices"
         )
     return sorted(found, key=lambda c: (c.seconds, c.memory))
 
