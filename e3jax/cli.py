@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from e3jax import __version__, config, configure
 from e3jax.errors import Diverged, UserError
 from e3jax.planning import chips
+from e3jax.progress import Terminal
 
 COMMANDS = {
     "run": (
@@ -154,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     One of several processes that fails ends at once, so that the others notice.
     """
     options = _parse(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Terminal()])
     logging.getLogger("e3jax").setLevel(logging.INFO)
     several, code = _several(options), 0
     with contextlib.ExitStack() as stack:

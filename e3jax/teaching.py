@@ -13,6 +13,7 @@ from e3jax.errors import UserError
 from e3jax.job import Job
 from e3jax.models import decoder
 from e3jax.models.decoder import Params
+from e3jax.progress import over
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ def _fill(job_: Job, cache: TeacherCache) -> None:
     todo = cache.rows[processes.array_from_first(needed) == 1]
     rows = job.rows_per_batch(recipe.microbatch or recipe.batch)
     here, owner = mesh.rows_here(rows), mesh.row_owners(rows)
-    for index in deal(todo, owner):
+    turns = deal(todo, owner)
+    for index in over("teacher cache", turns, len(turns)):
         batch = job.to_batch(batches.gather(windows, index[here]))
         found = map(mesh.local_rows, topk(job_.params, mesh.shard_batch(batch)))
         mine = np.where(owner[here] == jax.process_index(), index[here], -1)

@@ -96,7 +96,7 @@ def solve_planted(monkeypatch, problems, texts, *, ended=True, **changes):
     tokenizer = load_tokenizer(files.bundled("demo/model"))
     prompts = []
 
-    def planted(greedy, params, ids, batch):
+    def planted(greedy, params, ids, batch, tell):
         prompts.extend(ids)
         for text in texts:
             found = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -135,6 +135,16 @@ def test_gold_answers_may_be_whole_solutions(monkeypatch):
     answers = solve_planted(monkeypatch, gold, ["answer : 3"] * 4)
     assert [a.expected for a in answers] == ["3", "3", "3", "4"]
     assert [a.correct for a in answers] == [True, True, True, False]
+
+
+def test_thousands_are_written_with_a_comma_or_without():
+    """14 of GSM8K's 1,319 answers have one; what is no thousand keeps its comma."""
+    pattern = exact.answer_pattern(r"(?:####|is) (\S+)")
+    gold = exact.last_match(pattern, "so 1,450 * 1,000\n#### 1,450,000")
+    assert gold == exact.last_match(pattern, "Then it is 7, no, it is 1450000.") == "1450000"
+    assert [exact.plain(x) for x in (" 1,2 ", "12,34", "1,2345", "0.5.")] == [
+        "1,2", "12,34", "1,2345", "0.5",
+    ]  # fmt: skip
 
 
 def test_answer_pattern_of_the_configuration(monkeypatch):

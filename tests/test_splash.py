@@ -222,6 +222,8 @@ def test_decoding_compiles_for_v5p(tpu_mesh):
         )
         greedy = generate.make_greedy(cfg, dtype=jnp.bfloat16, max_new_tokens=512, eos=[1])
         params = decoder.abstract_params(cfg, jnp.bfloat16)
-        text = greedy.lower(params, prompts, prompts).compile().as_text()
-    assert kernels(text) == ["fwd"]
-    assert not squares(text) and f"{LONG + 512},{LONG + 512}" not in text
+        text = greedy.begin.lower(params, prompts, prompts).compile().as_text()
+        state = jax.eval_shape(greedy.begin, params, prompts, prompts)
+        after = greedy.go_on.lower(params, state).compile().as_text()
+    assert kernels(text) == ["fwd"] and not kernels(after)
+    assert not squares(text) and f"{LONG + 512},{LONG + 512}" not in text + after

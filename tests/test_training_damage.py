@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from e3jax import files, mesh
-from e3jax.training import metrics
+from e3jax import files, mesh, progress
 from e3jax.training.checkpoint import abstract, checksum, open_checkpoints
 from e3jax.training.metrics import Metrics, read_metrics
 from training_tiny import assert_bitwise, set_mesh
@@ -84,7 +83,7 @@ def test_checksum_is_of_every_bit_and_of_no_mesh():
 
 
 def test_a_slow_last_evaluation_is_no_further_step(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(metrics, "TELL_EVERY_S", -1.0)
+    monkeypatch.setattr(progress, "TELL_EVERY_S", -1.0)
     record = Metrics(tmp_path, "toy", start=0, steps=2)
     with caplog.at_level(logging.INFO):
         for step in range(2):

@@ -11,6 +11,7 @@ from e3jax.errors import UserError
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Params
 from e3jax.models.generate import generate, make_greedy
+from e3jax.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +43,14 @@ def answer_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def last_match(pattern: re.Pattern[str], text: str) -> str | None:
-    """The answer in a text: the group's last match, stripped."""
+    """The answer in a text: the group's last match, `plain`."""
     found = pattern.findall(text)
-    return found[-1].strip() if found else None
+    return plain(found[-1]) if found else None
+
+
+def plain(answer: str) -> str:
+    """An answer as it is compared: stripped, 1,234 as 1234, and without a full stop at the end."""
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer.strip()).rstrip(".")
 
 
 def solve(
@@ -66,17 +72,21 @@ def solve(
         )
     greedy = make_greedy(cfg, dtype=dtype, max_new_tokens=limit, eos=eos)
     prompts = [p.prompt_ids for p in problems]
-    answers = []
-    for problem, ids in zip(problems, generate(greedy, params, prompts, spec.batch), strict=True):
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        answers.append(
-            Answer(
-                prompt=problem.prompt,
-                # A gold answer may be a whole solution (GSM8K's ends in `#### 18`).
-                expected=last_match(pattern, problem.answer) or problem.answer.strip(),
-                found=last_match(pattern, text),
-                text=text,
-                ended=bool(ids) and ids[-1] in set(eos),
-            )
+    answers: list[Answer] = []
+    with Progress("problems solved", len(problems)) as shown:
+        found = generate(
+            greedy, params, prompts, spec.batch, lambda tokens: shown.advance(len(answers), tokens)
         )
+        for problem, ids in zip(problems, found, strict=True):
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            answers.append(
+                Answer(
+                    prompt=problem.prompt,
+                    # A gold answer may be a whole solution (GSM8K's ends in `#### 18`).
+                    expected=last_match(pattern, problem.answer) or plain(problem.answer),
+                    found=last_match(pattern, text),
+                    text=text,
+                    ended=bool(ids) and ids[-1] in set(eos),
+                )
+            )
     return answers

@@ -14,6 +14,7 @@ from e3jax.distill import losses
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Batch, Params
+from e3jax.progress import over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ def make_figures(
         if keep is not None:
             gates[np.setdiff1d(np.arange(len(gates)), keep)] = 0.0
         nll = kl = agree = tokens = 0.0
-        for batch in notice.interruptible(batches):
+        for batch in over("batches measured", notice.interruptible(batches)):
             part = sums(dense, student, mesh.shard_batch(batch), gates)
             nll, kl = nll + float(part.nll), kl + float(part.kl)
             agree, tokens = agree + float(part.agree), tokens + float(part.tokens)

@@ -16,6 +16,7 @@ from e3jax.distill import losses
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Batch, Params
+from e3jax.progress import over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ def leave_one_out_kl(
         return kl_l, count_l[0], jnp.sum(batch.segments > 0)
 
     total, count, tokens = np.zeros(layers), 0.0, 0
-    for batch in batches:
+    for batch in over("batches measured", batches):
         kl_l, n, seen = score(params, mesh.shard_batch(batch))
         total, count, tokens = (
             total + np.asarray(kl_l, np.float64),

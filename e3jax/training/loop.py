@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,8 @@ from e3jax.data.batches import prefetch
 from e3jax.errors import Diverged
 from e3jax.training.checkpoint import abstract, open_checkpoints
 from e3jax.training.metrics import Metrics
+
+log = logging.getLogger(__name__)
 
 Step = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
 Evaluate = Callable[[int, Any], tuple[Any, dict[str, Any]]]
@@ -65,7 +68,7 @@ def fit(
         stack.callback(metrics.close)
         late = _Late(metrics, patience)
         if start:
-            metrics.say(f"{name}: going on from the checkpoint of step {start}")
+            log.info("%s: going on from the checkpoint of step %d", name, start)
 
         def measure(done: int, state: Any) -> tuple[Any, dict[str, Any] | None]:
             if evaluate is None or (done % evaluate_every and done != steps):
@@ -77,7 +80,7 @@ def fit(
             except SystemExit:
                 if done > start:
                     checkpoints.save(done, _Kept.of(state, due=True))
-                metrics.say(f"told to stop while step {done} is measured; the same command goes on")
+                log.info("told to stop while step %d is measured; the same command goes on", done)
                 raise
             metrics.log(done, values)
             return measured, values
@@ -96,9 +99,9 @@ def fit(
                 late.settle()
                 checkpoints.save(done, _Kept.of(state, due=False), figures)
             if late.stop:
-                metrics.say(f"told to stop: saving step {done}; the same command goes on from here")
+                log.info("told to stop: saving step %d; the same command goes on from here", done)
                 raise SystemExit(notice.CODE)
-        metrics.say(f"{name}: {ahead.share():.1%} of the time waited for data")
+        log.info("%s: %.1f %% of the time waited for data", name, 100 * ahead.share())
     return state
 
 

@@ -5,15 +5,12 @@ import json
 import logging
 import os
 import pathlib
-import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from e3jax.progress import Progress
 
-TELL_EVERY_S = 10.0  # between plain lines, where there is no terminal
+log = logging.getLogger(__name__)
 
 
 class Metrics:
@@ -35,9 +32,7 @@ class Metrics:
         write: bool = True,
         due: bool = False,
     ) -> None:
-        self._write, self._name, self._steps = write, name, steps
-        self._tokens, self._begun, self._told = 0.0, time.monotonic(), 0.0
-        self._start = start
+        self._write = write
         if not write:
             return
         from tensorboardX import SummaryWriter  # protobuf is slow to import
@@ -51,10 +46,7 @@ class Metrics:
         for line in kept[-1:]:  # the figures of `start` were purged too
             if line["step"] == start:
                 self._draw(start, line)
-        self._bar = _make_bar() if sys.stderr.isatty() else None
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task(name, total=steps, completed=start, text="")
+        self._progress = Progress(name, steps, done=start, patience_s=0.0)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Records the values of a step, or figures: floats, or lists of floats (JSON only).
@@ -65,9 +57,9 @@ class Metrics:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._draw(step, values)
-        self._tokens += values.get("tokens", 0.0)
         if "loss" in values:
-            self._show(step, values)
+            text = f"loss {values['loss']:.4f}"
+            self._progress.advance(step + 1, values.get("tokens", 0.0), text)
 
     def _draw(self, step: int, values: Mapping[str, Any]) -> None:
         if not self._drawing():
@@ -84,34 +76,11 @@ class Metrics:
     def _events(self) -> Any:
         return self._board._get_file_writer().event_writer
 
-    def say(self, text: str) -> None:
-        """A line for the person watching, above the bar or among the plain lines."""
-        if not self._write:
-            return
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False)
-        else:
-            logging.getLogger(__name__).info("%s", text)
-
-    def _show(self, step: int, values: Mapping[str, Any]) -> None:
-        now = time.monotonic()
-        rate = self._tokens / max(now - self._begun, 1e-9)
-        loss = values.get("loss")
-        text = f"{rate:,.0f} tok/s" + (f"  loss {loss:.4f}" if loss is not None else "")
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step + 1, text=text)
-        elif now - self._told > TELL_EVERY_S or step + 1 == self._steps:
-            self._told = now
-            done = max(step + 1 - self._start, 1)
-            left = (now - self._begun) / done * (self._steps - step - 1)
-            self.say(f"{self._name} {step + 1}/{self._steps}  {text}  {_duration(left)} left")
-
     def close(self) -> None:
         """Flushes everything to disk."""
         if not self._write:
             return
-        if self._bar is not None:
-            self._bar.stop()
+        self._progress.close()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -148,19 +117,3 @@ def _drop_from(path: pathlib.Path, start: int, due: bool) -> list[dict[str, Any]
     aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     aside.replace(path)
     return kept
-
-
-def _make_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[text]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
