@@ -116,7 +116,9 @@ class Search:
     )
     steps: int = Field(default=500, ge=1, description="search steps")
     batch: int = Field(default=16, ge=1, description="windows a step; each draws its own mask")
-    init: Literal["kl", "zeros", "random"] = Field(default="kl", description="start of theta")
+    init: Literal["kl", "shortgpt", "zeros", "random"] = Field(
+        default="kl", description="start of theta: a selector's score of each layer, or none"
+    )
     init_form: Literal["log", "rank"] = Field(
         default="log", description="importance -> theta: zscore(log s) or zscore(rank)"
     )

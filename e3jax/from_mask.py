@@ -12,7 +12,7 @@ from e3jax.hf import aside, copying, hub
 from e3jax.hf import card as cards
 from e3jax.hf.cut import depth_of
 from e3jax.hf.families import read_json
-from e3jax.mask import read_mask
+from e3jax.mask import read_mask, warn_of_other
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +38,7 @@ def export(run: config.Run, mask_path: str, *, dry_run: bool = False) -> None:
         return
     log.info("export: %s", text)
     identity = files.checkpoint_hash(source)
-    if mask.checkpoint not in (None, identity):
-        log.warning(
-            "export: the mask was found on another checkpoint (%s) than this one (%s); its layers "
-            "may not be the ones that this model can do without",
-            mask.checkpoint,
-            identity,
-        )
+    warn_of_other(mask, identity)
     if left := sorted(path.name for path in source.glob("*.py")):
         log.warning("export: the checkpoint's own code is not carried: %s", ", ".join(left))
     if "auto_map" in dense:
@@ -55,7 +49,7 @@ def export(run: config.Run, mask_path: str, *, dry_run: bool = False) -> None:
         )
     card = cards.model_card(
         name=out.name,
-        base_model=run.model.path,
+        base_model=hub.shown(run.model.path),
         license_keys=cards.read_license(source),
         keep=mask.keep,
         num_layers=mask.num_layers,

@@ -78,7 +78,8 @@ class Job:
     @functools.cached_property
     def problems(self) -> list[text.Problem]:
         found = itertools.chain.from_iterable(
-            text.problems(source, self.tokenizer) for source in self.run.data.test
+            text.problems(source, self.tokenizer, self.cfg.max_position)
+            for source in self.run.data.test
         )
         return list(itertools.islice(found, self.run.evaluate.rows))
 
@@ -103,7 +104,8 @@ def open_job(run: config.Run) -> Job:
     source = hub.resolve(run.model.path, run.model.revision)
     cfg = families.read_config(source)
     check_window(run, cfg)
-    folders.check_vocabulary(source, cfg)
+    tokenizer = text.load_tokenizer(source)
+    text.check_vocab(tokenizer, cfg.vocab_size)
     tell_replicated(cfg, folders.source_dtype(source))
     identity = files.checkpoint_hash(source)
     processes.same(f"model.path={run.model.path}", identity)
@@ -114,7 +116,7 @@ def open_job(run: config.Run) -> Job:
         identity=identity,
         cfg=cfg,
         params=load.load_params(source, cfg),
-        tokenizer=text.load_tokenizer(source),
+        tokenizer=tokenizer,
     )
 
 
@@ -148,12 +150,15 @@ def check_window(run: config.Run, cfg: ModelConfig) -> None:
         )
 
 
-def check_batches(run: config.Run) -> None:
-    """Raises UserError where the mesh that is set cannot share the batches of both stages evenly.
+def check_batches(run: config.Run, command: str) -> None:
+    """Raises UserError where the mesh that is set cannot share the batches of the stages evenly.
 
     They are never filled up: what a step learns must not depend on the number of devices.
     """
-    mesh.check_shared("search.batch", run.search.batch)
+    if run.distill.mask is None or command == "search":
+        mesh.check_shared("search.batch", run.search.batch)
+    if command == "search":
+        return
     mesh.check_shared("distill.batch", run.distill.batch)
     mesh.check_shared("distill.microbatch", run.distill.microbatch or run.distill.batch)
 
@@ -184,7 +189,8 @@ def claim_folder(run: config.Run) -> Iterator[pathlib.Path]:
             lock = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             # The kernel lets go of it when the process ends, however it ends.
             _lock(lock)
-            files.write_json(mark, configure.as_dict(run))
+            if not mark.exists():
+                record(run, out)
         except BlockingIOError:
             who = (out / LOCK).read_text() or "an unknown process"
             raise UserError(
@@ -209,6 +215,12 @@ def claim_folder(run: config.Run) -> Iterator[pathlib.Path]:
     finally:
         if lock >= 0:
             os.close(lock)
+
+
+def record(run: config.Run, out: pathlib.Path) -> None:
+    """run.json: the configuration that is at work in a run folder. Its folder is ours."""
+    if processes.is_first():
+        files.write_json(out / "run.json", configure.as_dict(run))
 
 
 def _lock(handle: int) -> None:

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
 
 import pydantic
 
 from e3jax.errors import UserError
 from e3jax.hf.families import read_json
+
+log = logging.getLogger(__name__)
 
 SELECTORS = {
     "given": "a mask of unknown origin",
@@ -24,7 +27,8 @@ class Mask:
     keep: tuple[int, ...]  # ascending, counted from 0
     selector: str = "given"
     order: tuple[int, ...] = ()  # removed layers, the least wanted first
-    scores: tuple[float, ...] = ()  # per layer, what the selector judged by (theta, importance)
+    theta: tuple[float, ...] = ()  # per layer, the search's logits: those kept are the largest
+    scores: tuple[float, ...] = ()  # per layer, what the selector or the search's start went by
     kl: float | None = None  # held-out KL to the dense model, nats a token, not recovered
     tokens: int = 0  # that it cost
     seed: int | None = None
@@ -65,3 +69,14 @@ def read_mask(path: pathlib.Path, num_layers: int) -> Mask:
     if sorted(order) != removed:
         raise UserError(f"{path}: order is {order}; expected the removed layers, {removed}")
     return dataclasses.replace(mask, order=tuple(order))
+
+
+def warn_of_other(mask: Mask, identity: str) -> None:
+    """A warning where a mask was found on another checkpoint than the one of this hash."""
+    if mask.checkpoint not in (None, identity):
+        log.warning(
+            "the mask was found on another checkpoint (%s) than this one (%s); its layers may not "
+            "be the ones that this model can do without",
+            mask.checkpoint,
+            identity,
+        )

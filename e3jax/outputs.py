@@ -17,7 +17,7 @@ from e3jax.data import text
 from e3jax.data.windows import Windows
 from e3jax.errors import UserError
 from e3jax.evaluate.table import Row
-from e3jax.hf import aside, families, folders, load
+from e3jax.hf import aside, families, folders, hub, load
 from e3jax.hf import card as cards
 from e3jax.hf import export as hf_export
 from e3jax.job import Job
@@ -64,7 +64,7 @@ def export(
     stored = jax.tree.map(lambda w: w.astype(dtype), params)
     card = cards.model_card(
         name=job_.out.name,
-        base_model=job_.run.model.path,
+        base_model=hub.shown(job_.run.model.path),
         license_keys=cards.read_license(job_.source),
         keep=mask.keep,
         num_layers=job_.cfg.num_layers,

@@ -1,31 +1,32 @@
 """The commands: which stages run, in order, and what is printed at the end."""
 
 import dataclasses
+import functools
 import logging
 import pathlib
-import shutil
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from e3jax import config, files, job, mesh, outputs, processes, stages
+from e3jax import __version__, config, files, job, mesh, outputs, processes, rehearsal, stages
+from e3jax.data import text
 from e3jax.errors import Diverged, UserError
 from e3jax.evaluate import table
 from e3jax.hf import families, folders, hub
 from e3jax.job import Job
-from e3jax.mask import Mask, read_mask
+from e3jax.mask import Mask, read_mask, warn_of_other
 from e3jax.models import decoder
+from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Params
 from e3jax.planning import budget, ranking
 from e3jax.planning import plan as planning
 from e3jax.planning.chips import Topology
+from e3jax.progress import log_file
 from e3jax.report import pictures
 
 log = logging.getLogger(__name__)
-
-REHEARSE_FROM = 50_000_000  # planned tokens: minutes lost to a late mistake outweigh the rehearsal
 
 
 def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
@@ -33,38 +34,74 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
     if dry_run:
         print(_plan_text(command, run))
         return
-    with job.open_mesh(run.mesh), job.claim_folder(run) as out:
+    versions = f"e3jax {__version__}, jax {jax.__version__}"
+    with (
+        job.open_mesh(run.mesh),
+        job.claim_folder(run) as out,
+        log_file(out, f"{command}: {versions}"),
+    ):
         job.keep_compiled(out)
         if command == "train":
             train(run, out)
             return
         begun = processes.from_first(lambda: [(out / x).exists() for x in ("search", "distill")])
         if not any(begun) and command in ("run", "search", "distill"):
-            job.check_batches(run)  # now, not after the search
-        path = hub.resolve_config(run.model.path, run.model.revision)
-        planned = budget.make_budget(run, families.read_config(path), folders.planned_dtype(path))
+            job.check_batches(run, command)  # now, not after the search
+        planned = _budget(run, command)
         job_ = job.open_job(run)
         log.info("%s", _describe_model(job_))
         if command in ("run", "evaluate"):
             _ = job_.problems, job_.measured  # what is wrong with them is told before the training
-        _rehearse_if_long(job_, planned.tokens)
+        job.record(run, out)
+        rehearsal.before(
+            run,
+            out,
+            tokens=planned.tokens,
+            layers=job_.cfg.num_layers,
+            play=functools.partial(rehearsal.play, job_, command),
+        )
         COMMANDS[command](job_)
 
 
 def _plan_text(command: str, run: config.Run) -> str:
-    source = files.bundled(run.train.config) if command == "train" and run.train.config else None
-    path = hub.resolve_config(run.model.path, run.model.revision) if source is None else source
-    cfg = families.read_config(path)
-    job.check_window(run, cfg)
     if command == "train":
-        steps = run.train.recipe
-        tokens = steps.steps * steps.batch * run.data.window
+        path = _train_config(run)
+        cfg = families.read_config(path)
+        job.check_window(run, cfg)
         return (
             f"train: {cfg.num_layers} layers, {decoder.count_params(cfg):,} parameters, "
-            f"<= {tokens:,} tokens"
+            f"<= {_train_tokens(run):,} tokens"
         )
-    resolved = budget.make_budget(run, cfg, folders.planned_dtype(path))
-    return f"{run.model.path} ({cfg.family}) -> {run.out}\n{budget.describe(resolved)}"
+    planned = _budget(run, command)
+    family = families.read_config(hub.resolve_config(run.model.path, run.model.revision)).family
+    return f"{run.model.path} ({family}) -> {run.out}\n{budget.describe(planned)}"
+
+
+def _budget(run: config.Run, command: str) -> budget.Budget:
+    """What the run will take, from config.json and a given mask alone. Raises UserError."""
+    path = hub.resolve_config(run.model.path, run.model.revision)
+    cfg = families.read_config(path)
+    job.check_window(run, cfg)
+    return budget.make_budget(_resolved(run, cfg, command), cfg, folders.planned_dtype(path))
+
+
+def _resolved(run: config.Run, cfg: ModelConfig, command: str) -> config.Run:
+    """The run with search.keep as a given mask has it, and without a mask that is not used."""
+    given = _given_mask(run, cfg.num_layers)
+    if given is None or command == "search":
+        return dataclasses.replace(run, distill=dataclasses.replace(run.distill, mask=None))
+    spec = dataclasses.replace(run.search, keep=len(given.keep), protect=(), force=())
+    return dataclasses.replace(run, search=spec)
+
+
+def _train_config(run: config.Run) -> pathlib.Path:
+    if run.train.config is not None:
+        return files.bundled(run.train.config)
+    return hub.resolve_config(run.model.path, run.model.revision)
+
+
+def _train_tokens(run: config.Run) -> int:
+    return run.train.recipe.steps * run.train.recipe.batch * run.data.window
 
 
 def plan(run: config.Run, topology: Topology, *, search_mesh: bool = False) -> bool:
@@ -76,19 +113,20 @@ def plan(run: config.Run, topology: Topology, *, search_mesh: bool = False) -> b
     cfg, dtype = families.read_config(path), folders.planned_dtype(path)
     job.check_window(run, cfg)
     with job.claim_folder(run) as out:
+        run = _resolved(run, cfg, "run")
         begun, measured = time.monotonic(), None
         if search_mesh:
             choice = ranking.search_mesh(run, cfg, dtype, topology, log.info)
             run, measured = choice.apply(run), choice.compiled
         found = planning.make_plan(run, cfg, dtype, topology, measured)
-        text = f"{run.model.path} ({cfg.family}) on {planning.describe(found)}"
+        said = f"{run.model.path} ({cfg.family}) on {planning.describe(found)}"
         if search_mesh:
             verdict = "the fastest that fits" if found.fits else "the nearest to fitting"
-            text += f"\n{verdict}: {choice.overrides}"
+            said += f"\n{verdict}: {choice.overrides}"
         name = f"plan-{topology.text.replace(':', '-')}"
         files.write_json(out / f"{name}.json", planning.as_json(found))
-        files.write_text(out / f"{name}.txt", text + "\n")
-        print(f"{text}\n{out}/{name}.json, in {time.monotonic() - begun:.0f} s")
+        files.write_text(out / f"{name}.txt", said + "\n")
+        print(f"{said}\n{out}/{name}.json, in {time.monotonic() - begun:.0f} s")
     return found.fits
 
 
@@ -165,10 +203,19 @@ def _draw(job_: Job, mask: Mask) -> None:
 
 def _mask(job_: Job) -> Mask:
     """The mask file of the configuration, or this run's own search."""
-    given = job_.run.distill.mask
+    given = _given_mask(job_.run, job_.cfg.num_layers)
     if given is None:
         return stages.search_mask(job_)
-    return read_mask(pathlib.Path(given).expanduser(), job_.cfg.num_layers)
+    warn_of_other(given, job_.identity)
+    # Figures are kept by the selector's name, and a baseline's is taken.
+    taken = given.selector in job_.run.evaluate.baselines
+    return dataclasses.replace(given, selector="given") if taken else given
+
+
+def _given_mask(run: config.Run, num_layers: int) -> Mask | None:
+    if run.distill.mask is None:
+        return None
+    return read_mask(pathlib.Path(run.distill.mask).expanduser(), num_layers)
 
 
 def _evaluate(job_: Job, mask: Mask, student: Params) -> list[table.Row]:
@@ -211,9 +258,9 @@ def train(run: config.Run, out: pathlib.Path) -> None:
     else:
         if spec.tokenizer is None:
             raise UserError("train.tokenizer: required with train.config: a tokenizer's folder")
-        cfg = families.read_config(files.bundled(spec.config))
+        cfg = families.read_config(_train_config(run))
         tokenizer_folder = files.bundled(spec.tokenizer)
-        folders.check_vocabulary(tokenizer_folder, cfg)
+        text.check_vocab(text.load_tokenizer(tokenizer_folder), cfg.vocab_size)
         job.tell_replicated(cfg, "float32")
         params = decoder.init_params(jax.random.key(run.seed), cfg)
         start = {"config": dataclasses.asdict(cfg)}
@@ -221,65 +268,29 @@ def train(run: config.Run, out: pathlib.Path) -> None:
     mesh.check_shared("train.recipe.batch", recipe.batch)
     windows = job.tokenize(run, run.data.train, tokenizer_folder, run.data.decontaminate)
     held_out = job.tokenize(run, run.data.held_out, tokenizer_folder)
-    trained = stages.train_student(
-        "train",
-        run,
-        recipe,
-        cfg=cfg,
-        params=params,
-        teacher=None,
-        train=windows,
-        held_out=held_out,
-        inputs=start | {"seed": run.seed, "dtype": run.model.dtype},
-        folder=out / "train",
-    )
-    outputs.export_trained(run, cfg, trained, tokenizer_folder, out / "export", windows)
-    print(f"trained: {out}/export")
+    job.record(run, out)
 
-
-# ---------------------------------------------------------------- rehearsal
-
-
-def _rehearse_if_long(job_: Job, tokens: int) -> None:
-    if tokens >= REHEARSE_FROM and job_.cfg.num_layers > 2:
-        begun = time.monotonic()
-        rehearse(job_)
-        log.info("rehearsal on two layers passed in %.0f s", time.monotonic() - begun)
-
-
-def rehearse(job_: Job) -> None:
-    """Two steps of every stage on the model's first two layers, in a temporary folder.
-
-    What would stop the run hours later (a shape, a full device, a folder that cannot be written)
-    stops it now.
-    """
-    folder = job_.out / ".rehearsal"
-    if processes.is_first():
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed one left
-        folder.mkdir(parents=True)
-    processes.barrier("rehearsal begins")
-    run = job_.run
-    short = {"steps": 2, "checkpoint_every": 2}
-    small = dataclasses.replace(
-        run,
-        search=dataclasses.replace(
-            run.search, keep=1, protect=(), force=(), score_every=2, **short
-        ),
-        # What two layers teach must not get into the run's own cache.
-        distill=dataclasses.replace(run.distill, mask=None, cache=None, evaluate_every=2, **short),
-    )
-    try:
-        two = dataclasses.replace(
-            job_,
-            run=dataclasses.replace(small, out=str(folder)),
-            out=folder,
-            cfg=job_.cfg.take_layers((0, 1)),
-            params=decoder.take_layers(job_.params, (0, 1)),
+    def work(run: config.Run, out: pathlib.Path, cfg: ModelConfig, params: Params) -> None:
+        trained = stages.train_student(
+            "train",
+            run,
+            run.train.recipe,
+            cfg=cfg,
+            params=params,
+            teacher=None,
+            train=windows,
+            held_out=held_out,
+            inputs=start | {"seed": run.seed, "dtype": run.model.dtype},
+            folder=out / "train",
         )
-        mask = stages.search_mask(two)
-        student = stages.recover(two, mask, two.out / "distill")
-        outputs.export(two, mask, student, two.out / "export", recovered=True, transformers=False)
-        processes.barrier("rehearsal ends")
-    finally:
-        if processes.is_first():
-            shutil.rmtree(folder, ignore_errors=True)
+        outputs.export_trained(run, cfg, trained, tokenizer_folder, out / "export", windows)
+
+    def with_two(short: config.Run, folder: pathlib.Path) -> None:
+        two = decoder.take_layers(params, rehearsal.TWO)
+        work(short, folder, cfg.take_layers(rehearsal.TWO), two)
+
+    rehearsal.before(run, out, tokens=_train_tokens(run), layers=cfg.num_layers, play=with_two)
+    work(run, out, cfg, params)
+    if processes.is_first():
+        pictures.draw_training(out)
+    print(f"trained: {out}/export   pictures: {out}/plots")

@@ -161,5 +161,5 @@ class _LogFile(logging.FileHandler):
         with contextlib.suppress(OSError):  # that it cannot be opened
             super().emit(record)
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name
+    def handleError(self, record: logging.LogRecord) -> None:
         """A full disk is told by whatever else writes there."""

@@ -1,9 +1,10 @@
 """The stages of a run. Each is restartable: called again, it goes on, or returns what it has."""
 
 import dataclasses
+import functools
 import logging
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -51,9 +52,7 @@ def search_mask(job_: Job) -> Mask:
             log.info("search: finished before; keeping layers %s", list(mask.keep))
             return mask
 
-    importance_l, spent = np.zeros(cfg.num_layers), 0
-    if spec.init == "kl":
-        importance_l, spent = kl_importance(job_)
+    importance_l, spent = IMPORTANCE.get(spec.init, _no_importance)(job_)
     theta = gumbel.init_theta(
         importance_l, spec.init, spec.init_form, spec.init_scale, seed=run.seed
     )
@@ -121,7 +120,8 @@ def search_mask(job_: Job) -> Mask:
         num_layers=cfg.num_layers,
         keep=tuple(np.flatnonzero(kept).tolist()),
         order=tuple(order),
-        scores=tuple(best.tolist()),
+        theta=tuple(best.tolist()),
+        scores=tuple(importance_l.tolist()),
         kl=best_kl,
         tokens=int(state.tokens) + int(tried * held_tokens) + spent,
         seed=run.seed,
@@ -141,48 +141,54 @@ def _calibration(job_: Job) -> Iterator[decoder.Batch]:
 
 def kl_importance(job_: Job) -> tuple[np.ndarray, int]:
     """KL importance of each layer on the first train windows, and the tokens it cost."""
+    log.info("importance: KL without each of %d layers", job_.cfg.num_layers)
+    run = job_.run
+    make = functools.partial(selectors.leave_one_out_kl, chunk=run.distill.chunk)
+    return _importance(job_, job_.out / "search" / "importance.json", make)
+
+
+def block_influence(job_: Job) -> tuple[np.ndarray, int]:
+    """ShortGPT's score of each layer on the same windows, and the tokens it cost."""
+    return _importance(job_, job_.out / "shortgpt" / "influence.json", selectors.block_influence)
+
+
+def _importance(
+    job_: Job, path: pathlib.Path, measure: Callable[..., tuple[np.ndarray, int]]
+) -> tuple[np.ndarray, int]:
     inputs = job_.inputs(train=job_.train.fingerprint, windows=job_.run.search.init_windows)
 
     def make() -> dict[str, Any]:
-        log.info("importance: KL without each of %d layers", job_.cfg.num_layers)
-        scores, tokens = selectors.leave_one_out_kl(
-            job_.params,
-            job_.cfg,
-            _calibration(job_),
-            dtype=job_.dtype,
-            chunk=job_.run.distill.chunk,
-        )
-        return {"kl": scores.tolist(), "tokens": tokens}
+        scores, tokens = measure(job_.params, job_.cfg, _calibration(job_), dtype=job_.dtype)
+        return {"scores": scores.tolist(), "tokens": tokens}
 
-    value = job.once(job_.out / "search" / "importance.json", inputs, make)
-    return np.asarray(value["kl"]), value["tokens"]
+    value = job.once(path, inputs, make)
+    return np.asarray(value["scores"]), value["tokens"]
+
+
+def _no_importance(job_: Job) -> tuple[np.ndarray, int]:
+    return np.zeros(job_.cfg.num_layers), 0
+
+
+IMPORTANCE = {"kl": kl_importance, "shortgpt": block_influence}  # by search.init
 
 
 def shortgpt_mask(job_: Job, keep: int) -> Mask:
     """shortgpt/mask.json: ShortGPT's choice of `keep` layers on the same calibration windows."""
-    spec, cfg = job_.run.search, job_.cfg
-    inputs = job_.inputs(train=job_.train.fingerprint, windows=spec.init_windows, keep=keep)
-
-    def make() -> dict[str, Any]:
-        scores, tokens = selectors.block_influence(
-            job_.params, cfg, _calibration(job_), dtype=job_.dtype
-        )
-        chosen = selectors.least_important(
-            "shortgpt", scores, keep, tokens, protect=spec.protect, force=spec.force
-        )
-        return dataclasses.asdict(chosen)
-
-    chosen = job.once(job_.out / "shortgpt" / "influence.json", inputs, make)
+    spec = job_.run.search
+    scores, tokens = block_influence(job_)
+    chosen = selectors.least_important(
+        "shortgpt", scores, keep, tokens, protect=spec.protect, force=spec.force
+    )
     mask = Mask(
         selector="shortgpt",
-        num_layers=cfg.num_layers,
-        keep=tuple(chosen["keep"]),
-        order=tuple(chosen["order"]),
-        scores=tuple(chosen["scores"]),
-        tokens=chosen["tokens"],
+        num_layers=job_.cfg.num_layers,
+        keep=chosen.keep,
+        order=chosen.order,
+        scores=chosen.scores,
+        tokens=tokens,
         seed=job_.run.seed,
         checkpoint=job_.identity,
-        config=files.fingerprint(inputs),
+        config=files.fingerprint(job_.inputs(train=job_.train.fingerprint, keep=keep)),
     )
     if processes.is_first():
         files.write_json(job_.out / "shortgpt" / "mask.json", mask)

@@ -17,6 +17,7 @@ from e3jax import cli, config, configure, files, job
 from e3jax.hf.export import export_new
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
+from e3jax.progress import LOG
 
 ROOT = pathlib.Path(__file__).parent.parent
 CFG = ModelConfig(
@@ -82,6 +83,7 @@ def refused(place, capsys):
         assert "Traceback" not in shown.err + shown.out
         new = {path for path in contents(place) - before if "cache" not in path.parts}
         new -= {place / "out", place / "out" / "run.json", place / "out" / job.LOCK}
+        new -= {place / "out" / LOG}
         assert not new, "half-written output"
         return shown.err
 
@@ -183,7 +185,7 @@ def test_tokenizer_of_another_model(refused, place):
     file["model"]["vocab"]["zebra"] = 200
     path.write_text(json.dumps(file))
     message = refused()
-    assert "token id 200" in message and "vocabulary is 96" in message
+    assert "token 'zebra' has id 200" in message and "vocab_size is 96" in message
 
 
 def shards(place):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 
 import pytest
 
@@ -177,3 +178,18 @@ def test_tokenizer_errors(tmp_path, tokenizer_folder):
     check_vocab(tokenizer, len(VOCAB))
     with pytest.raises(UserError, match=rf"'w39' has id {len(VOCAB) - 1}.*vocab_size is 40"):
         check_vocab(tokenizer, 40)
+
+
+def test_a_token_that_only_the_configuration_adds(tmp_path, tokenizer_folder):
+    """tokenizer.json need not name it: its id counts all the same."""
+    shutil.copytree(tokenizer_folder, tmp_path / "more")
+    path = tmp_path / "more" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    added = {"content": "<new>", "special": True}
+    settings["added_tokens_decoder"] = {str(len(VOCAB)): added}
+    settings["pad_token"] = "<new>"
+    path.write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path / "more")
+    check_vocab(tokenizer, len(VOCAB) + 1)
+    with pytest.raises(UserError, match=rf"'<new>' has id {len(VOCAB)}"):
+        check_vocab(tokenizer, len(VOCAB))

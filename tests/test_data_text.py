@@ -152,7 +152,7 @@ def test_chat_format_wraps_prompt_and_completion(tmp_path, chat_folder, data):
     [(ids, loss)] = documents(tokenize([source], data(loss_on="completion"), folder))
     assert words_of(ids) == "user: w1 <eos> assistant: w2 <eos>"
     assert words_of(np.array(ids)[loss]) == "w2 <eos>"
-    [problem] = problems(source, load_tokenizer(folder))
+    [problem] = problems(source, load_tokenizer(folder), 64)
     assert words_of(problem.prompt_ids) == "user: w1 <eos> assistant:"
 
 
@@ -196,18 +196,20 @@ def test_problems(tmp_path, tokenizer_folder, chat_folder):
         {"prompt": "w3", "answer": 8, "messages": CONVERSATION[:1]},
     ]
     path = write(tmp_path / "t.jsonl", rows)
-    plain = problems(Source(path=path, format="completion"), load_tokenizer(tokenizer_folder))
+    plain = problems(Source(path=path, format="completion"), load_tokenizer(tokenizer_folder), 64)
     assert [(words_of(p.prompt_ids), p.prompt, p.answer) for p in plain] == [
         ("<bos> w1 w2", "w1 w2", "7"),
         ("<bos> w3", "w3", "8"),
     ]
-    chat = problems(Source(path=path), load_tokenizer(chat_folder(CHAT)))
+    chat = problems(Source(path=path), load_tokenizer(chat_folder(CHAT)), 64)
     assert [words_of(p.prompt_ids) for p in chat] == [
         "user: w1 w2 <eos> assistant: w3 <eos> user: w4 <eos> assistant:",
         "user: w1 w2 <eos> assistant:",
     ]
     with pytest.raises(UserError, match="row 0: no answer in field 'gold'"):
-        problems(Source(path=path, answer="gold"), load_tokenizer(tokenizer_folder))
+        problems(Source(path=path, answer="gold"), load_tokenizer(tokenizer_folder), 64)
+    with pytest.raises(UserError, match="row 0: a prompt of 3 tokens fills the model's context"):
+        problems(Source(path=path, format="completion"), load_tokenizer(tokenizer_folder), 3)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the chain-math checkpoint and data")
@@ -217,7 +219,7 @@ def test_problem_prompts_begin_the_training_documents(data):
     options = data(window=1024, pack=False, loss_on="completion")
     windows = tokenize([source], options, folder)
     for problem, (ids, loss) in zip(
-        problems(source, load_tokenizer(folder)), documents(windows), strict=True
+        problems(source, load_tokenizer(folder), 1024), documents(windows), strict=True
     ):
         assert tuple(ids[: len(problem.prompt_ids)]) == problem.prompt_ids
         assert loss.index(True) == len(problem.prompt_ids)

@@ -11,8 +11,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from e3jax.errors import UserError
-from e3jax.hf.families import read_config
-from e3jax.hf.folders import INDEX, check_vocabulary
+from e3jax.hf.folders import INDEX
 from e3jax.hf.hub import resolve
 from e3jax.hf.load import load_params
 from hf_tiny import edit_json, rewrite, save_tiny
@@ -242,16 +241,3 @@ def test_resolve_hub_id(tmp_path, monkeypatch):
         ignore_patterns=asked["ignore_patterns"],
     )
     assert list(chosen) == wanted
-
-
-def test_tokenizer_of_another_model(tmp_path):
-    folder = save_tiny(tmp_path, "llama")
-    cfg = read_config(folder)
-    check_vocabulary(folder, cfg)  # no tokenizer.json: nothing to say
-    file = {"model": {"vocab": {"a": 0, "b": 94}}, "added_tokens": [{"id": 95, "content": "<x>"}]}
-    (folder / "tokenizer.json").write_text(json.dumps(file))
-    check_vocabulary(folder, cfg)
-    file["added_tokens"][0]["id"] = 96
-    (folder / "tokenizer.json").write_text(json.dumps(file))
-    with pytest.raises(UserError, match=r"token id 96.*vocabulary is 96"):
-        check_vocabulary(folder, cfg)

@@ -144,7 +144,7 @@ def same_results(ours, theirs):
     """Masks, weights and figures of two run folders, to float32 rounding."""
     masks = [read_json(out / "search" / "mask.json") for out in (ours, theirs)]
     assert masks[0]["keep"] == masks[1]["keep"] and masks[0]["tokens"] == masks[1]["tokens"]
-    np.testing.assert_allclose(masks[0]["scores"], masks[1]["scores"], atol=1e-4)
+    np.testing.assert_allclose(masks[0]["theta"], masks[1]["theta"], atol=1e-4)
     weights = [load_file(out / "export" / "model.safetensors") for out in (ours, theirs)]
     assert weights[0].keys() == weights[1].keys()
     for name, array in weights[0].items():
@@ -212,7 +212,7 @@ def test_four_processes_stopped_and_started_again(place, single):
     assert "search: going on from the checkpoint of step" in said(place)
     masks = [read_json(out / "search" / "mask.json") for out in (ours, single)]
     assert masks[0]["keep"] == masks[1]["keep"]
-    np.testing.assert_allclose(masks[0]["scores"], masks[1]["scores"], atol=1e-4)
+    np.testing.assert_allclose(masks[0]["theta"], masks[1]["theta"], atol=1e-4)
     read = [load_file(out / "export" / "model.safetensors") for out in (ours, theirs)]
     for name, array in read[0].items():
         np.testing.assert_allclose(array, read[1][name], atol=1e-5, err_msg=name)

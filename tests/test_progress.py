@@ -97,7 +97,13 @@ def test_the_log_file_goes_on_and_tells_how_it_ended(logger, tmp_path):
         logger.info("search: keeping")
     lines = (tmp_path / "run.log").read_text().splitlines()
     texts = [line.split(" ", 2)[2] for line in lines]
-    assert texts == ["first", "ended: ValueError: no such layer", "second", "search: keeping", "done"]
+    assert texts == [
+        "first",
+        "ended: ValueError: no such layer",
+        "second",
+        "search: keeping",
+        "done",
+    ]
     assert all(line[:2] == "20" and line[4] == "-" for line in lines)
 
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from orbax.checkpoint import v1 as ocp
 
-from e3jax import cli, configure, job, pipeline
+from e3jax import cli
 from e3jax.distill import distill
 from e3jax.hf.export import export_new
 from training_tiny import CFG, assert_bitwise, dense_params
@@ -174,27 +174,3 @@ def test_a_run_that_diverges_exits_with_1_and_a_message(configuration, whole):
         r"\nerror: 3 steps in a row .*: lower the learning rate", stderr(configuration)
     )
     assert "Traceback" not in stderr(configuration)
-
-
-def test_the_rehearsal_passes_through_every_stage_and_leaves_nothing(
-    configuration, tmp_path, one_device, monkeypatch
-):
-    cached = ("distill.teacher=cache", "distill.top_k=8", f"distill.cache={tmp_path}/cache")
-    run = configure.load_run(configuration, [f"out={tmp_path}/run", *cached])
-    job_ = job.open_job(run)
-    passed = []
-    for name in ("search_mask", "recover"):
-        whole_stage = getattr(pipeline.stages, name)
-
-        def stage(*arguments, name=name, whole_stage=whole_stage):
-            passed.append(name)
-            return whole_stage(*arguments)
-
-        monkeypatch.setattr(pipeline.stages, name, stage)
-    before = sorted(job_.out.rglob("*"))
-    frozen = [leaf.sum() for leaf in (job_.params["embed"], job_.params["final_norm"])]
-    pipeline.rehearse(job_)
-    assert passed == ["search_mask", "recover"]
-    assert not (tmp_path / "cache").exists()  # which is for what the whole model says
-    assert sorted(job_.out.rglob("*")) == before
-    assert [leaf.sum() for leaf in (job_.params["embed"], job_.params["final_norm"])] == frozen

@@ -34,6 +34,7 @@ ORDER = (
     {"evaluate", "planning", "teaching"},
     {"stages"},
     {"from_mask", "outputs", "report"},
+    {"rehearsal"},
     {"pipeline"},
     {"cli"},
 )

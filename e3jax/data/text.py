@@ -137,10 +137,11 @@ def _make(
     store_windows(_telling(packed, counts), data.window, folder, counts)
 
 
-def problems(source: Source, tokenizer: Any) -> list[Problem]:
+def problems(source: Source, tokenizer: Any, context: int) -> list[Problem]:
     """The test problems of a source, in order; fields `source.prompt` (or messages) and answer.
 
-    Raises UserError that names the row for a missing or empty prompt or answer.
+    Raises UserError that names the row for a missing or empty prompt or answer, and for a prompt
+    that leaves no token of the model's `context` for an answer.
     """
     found = []
     for number, row in open_rows(source):
@@ -157,6 +158,11 @@ def problems(source: Source, tokenizer: Any) -> list[Problem]:
             ids = ids[:-1]
         if not ids:
             raise UserError(f"{where}: the prompt is empty")
+        if len(ids) >= context:
+            raise UserError(
+                f"{where}: a prompt of {len(ids)} tokens fills the model's context of {context}; "
+                "leave the row out (`rows` of the source)"
+            )
         found.append(Problem(tuple(ids), prompt.text, str(answer).strip()))
     return found
 

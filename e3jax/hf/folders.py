@@ -161,22 +161,3 @@ def planned_dtype(config: pathlib.Path) -> str:
     if name not in known:
         raise UserError(f"{config}: dtype {name!r}; expected one of {', '.join(known)}")
     return name
-
-
-def check_vocabulary(tokenizer_folder: str | pathlib.Path, cfg: ModelConfig) -> None:
-    """Raises UserError when tokenizer.json has an id that the model has no embedding for.
-
-    A vocabulary padded past the tokenizer's is as it should be. Reads only tokenizer.json.
-    """
-    path = pathlib.Path(tokenizer_folder) / "tokenizer.json"
-    if not path.is_file():
-        return
-    file = read_json(path)
-    vocab = file.get("model", {}).get("vocab", {})
-    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
-    ids += [token["id"] for token in file.get("added_tokens", [])]
-    if ids and max(ids) >= cfg.vocab_size:
-        raise UserError(
-            f"{path}: has token id {max(ids)}, and the model's vocabulary is {cfg.vocab_size} "
-            "(ids 0 .. vocab_size - 1): this tokenizer is not of this model"
-        )

@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.md"]
 HUB_FILES += ["LICENSE*", "NOTICE*"]
 # Mistral's repositories hold the weights a second time under this name; folders hold other formats.
+ID = r"[\w.-]+(/[\w.-]+)?"
 HUB_IGNORED = ["consolidated*", "*/*"]
 
 
@@ -54,6 +55,12 @@ def resolve_config(path: str, revision: str | None = None) -> pathlib.Path:
         return facts
 
 
+def shown(path: str) -> str:
+    """A model's path for a card: a folder's never looks like a hub id."""
+    here = _local(path) is not None and path != "demo"
+    return f"./{path}" if here and re.fullmatch(ID, path) else path
+
+
 def _local(path: str) -> pathlib.Path | None:
     """The folder of a checkpoint that is here, or None for what may be a hub id."""
     folder = files.bundled("demo/model" if path == "demo" else path)
@@ -61,7 +68,7 @@ def _local(path: str) -> pathlib.Path | None:
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no config.json; expected a Hugging Face checkpoint folder")
         return folder
-    if folder.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path == "demo":
+    if folder.exists() or not re.fullmatch(ID, path) or path == "demo":
         raise UserError(f"{path}: not a folder; expected a checkpoint folder, `demo` or a hub id")
     return None
 

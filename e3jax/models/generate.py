@@ -73,9 +73,7 @@ def left_pad(prompts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, 
     return tokens, segments
 
 
-def make_greedy(
-    cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Sequence[int]
-) -> Greedy:
+def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Sequence[int]) -> Greedy:
     """Greedy decoding of at most N = `max_new_tokens`, each row up to the first of `eos`."""
 
     def next_token(params: Params, h_btd: jax.Array) -> jax.Array:
@@ -208,6 +206,6 @@ def generate(
         rows = mesh.rows_here(batch)
         tokens, segments = left_pad(filled, width)
         placed = mesh.shard_batch((tokens[rows], segments[rows]))
-        answers = greedy(params, *placed, tell=lambda steps, count=len(part): tell(steps * count))
+        answers = greedy(params, *placed, tell=lambda steps, rows=part: tell(steps * len(rows)))
         for row in processes.whole(answers)[: len(part)]:
             yield [int(t) for t in row if t >= 0]

@@ -37,10 +37,15 @@ class Budget:
 
 
 def make_budget(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Budget:
-    """The budget of `run` for a model. Raises UserError where keep, protect and force disagree."""
+    """The budget of `run` for a model; with a given mask nothing is searched.
+
+    Raises UserError where search.keep, protect and force disagree.
+    """
     keep = resolve_keep(run.search.keep, cfg.num_layers)
     fixed_layers(run.search, cfg.num_layers)
     search, distill, window = run.search, run.distill, run.data.window
+    searched = distill.mask is None
+    init_passes = {"kl": cfg.num_layers, "shortgpt": 1}.get(search.init, 0)
     after = count_params(cfg.take_layers(range(keep)))
     scores = math.ceil(search.steps / search.score_every) + 1
     distill_tokens = distill.steps * distill.batch * window
@@ -50,11 +55,9 @@ def make_budget(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Budget:
         keep=keep,
         params_before=count_params(cfg),
         params_after=after,
-        importance_tokens=cfg.num_layers * search.init_windows * window
-        if search.init == "kl"
-        else 0,
-        search_tokens=search.steps * search.batch * window,
-        scoring_tokens=(scores + search.swaps) * search.score_windows * window,
+        importance_tokens=searched * init_passes * search.init_windows * window,
+        search_tokens=searched * search.steps * search.batch * window,
+        scoring_tokens=searched * (scores + search.swaps) * search.score_windows * window,
         distill_tokens=distill_tokens,
         teacher_cache_bytes=estimate_bytes(distill_tokens, distill.top_k)
         if distill.teacher == "cache"

@@ -74,7 +74,7 @@ def make_plan(
     mesh = cost.Mesh(**devices.shape)
 
     with jax.set_mesh(devices):
-        job.check_batches(run)
+        job.check_batches(run, "run")
 
     def measure(step: Any) -> Memory:
         with jax.set_mesh(devices):  # of this thread

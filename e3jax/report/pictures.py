@@ -1,6 +1,9 @@
 """Draws a run's pictures from the records its stages left."""
 
 import logging
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +40,7 @@ def draw_search(job_: Job, mask: Mask) -> None:
         )
     importance = job_.out / "search" / "importance.json"
     if importance.exists():
-        kl = files.read_json(importance)["value"]["kl"]
+        kl = files.read_json(importance)["value"]["scores"]
         plots.importance(folder / "importance.png", kl, mask.keep)
     removal = job_.out / "evaluate" / "removal.json"
     if removal.exists():
@@ -55,23 +58,34 @@ def draw_losses(job_: Job) -> None:
     """plots/distillation.png: train and held-out KL of every recovery of the run."""
     series = {}
     for stage in ("distill", *job_.run.evaluate.baselines):
+        name = "ours" if stage == "distill" else stage
         lines = read_metrics(job_.out / stage)
-        train = [line for line in lines if "kl" in line]
-        held = [line for line in lines if "held_out_kl" in line]
-        if train:
-            name = "ours" if stage == "distill" else stage
-            series[f"{name}, train"] = ([x["step"] for x in train], [x["kl"] for x in train])
-            series[f"{name}, held out"] = (
-                [x["step"] for x in held],
-                [x["held_out_kl"] for x in held],
-            )
+        series |= {f"{name}, train": _curve(lines, "kl")}
+        series |= {f"{name}, held out": _curve(lines, "held_out_kl")}
+    _draw_training(job_.out, "distillation", "KL to dense (nats/token)", series)
+
+
+def draw_training(out: pathlib.Path) -> None:
+    """plots/training.png: next-token loss of plain training, on train and held-out windows."""
+    lines = read_metrics(out / "train")
+    steps, perplexity = _curve(lines, "held_out_perplexity")
+    series = {"train": _curve(lines, "nll"), "held out": (steps, np.log(perplexity).tolist())}
+    _draw_training(out, "training", "cross-entropy (nats/token)", series)
+
+
+def _curve(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the lines that have the key."""
+    found = [line for line in lines if key in line]
+    return [line["step"] for line in found], [line[key] for line in found]
+
+
+def _draw_training(
+    out: pathlib.Path, name: str, ylabel: str, series: Mapping[str, tuple[list, list]]
+) -> None:
+    series = {label: curve for label, curve in series.items() if curve[0]}
     if series:
-        folder = job_.out / "plots"
+        folder = out / "plots"
         folder.mkdir(exist_ok=True)
         plots.curves(
-            folder / "distillation.png",
-            series,
-            xlabel="step",
-            ylabel="KL to dense (nats/token)",
-            title="Distillation",
+            folder / f"{name}.png", series, xlabel="step", ylabel=ylabel, title=name.capitalize()
         )

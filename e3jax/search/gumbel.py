@@ -208,15 +208,15 @@ def keep_probability(
 
 def init_theta(
     importance_l: np.ndarray,
-    init: Literal["kl", "zeros", "random"],
+    init: Literal["kl", "shortgpt", "zeros", "random"],
     form: Literal["log", "rank"],
     scale: float,
     seed: int,
 ) -> np.ndarray:
     """Where theta starts, float32 [L]: mean 0 and a spread of `scale` Gumbel standard deviations.
 
-    kl: zscore of the log importance, or of its rank; raw importance spans three decades, which
-    would start nearly all layers at the same place. Zero variance, or `zeros`: all 0.
+    kl, shortgpt: zscore of the log importance, or of its rank; raw importance spans three decades,
+    which would start nearly all layers at the same place. Zero variance, or `zeros`: all 0.
     """
     if init == "zeros":
         return np.zeros(len(importance_l), np.float32)

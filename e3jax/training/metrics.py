@@ -32,7 +32,7 @@ class Metrics:
         write: bool = True,
         due: bool = False,
     ) -> None:
-        self._write = write
+        self._write, self._name = write, name
         if not write:
             return
         from tensorboardX import SummaryWriter  # protobuf is slow to import
@@ -60,6 +60,9 @@ class Metrics:
         if "loss" in values:
             text = f"loss {values['loss']:.4f}"
             self._progress.advance(step + 1, values.get("tokens", 0.0), text)
+        else:
+            shown = [f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float)]
+            log.info("%s %d: %s", self._name, step, "  ".join(shown))
 
     def _draw(self, step: int, values: Mapping[str, Any]) -> None:
         if not self._drawing():
