@@ -206,7 +206,8 @@ def train(run: config.Run, out: pathlib.Path) -> None:
         )
     if spec.config is None:
         job_ = job.open_job(run)
-        cfg, params, tokenizer_folder = job_.cfg, job_.params, job_.source
+        cfg, tokenizer_folder = job_.cfg, job_.source
+        make_params = lambda: job_.params  # noqa: E731
         start: dict[str, Any] = {"model": job_.identity}
     else:
         if spec.tokenizer is None:
@@ -215,7 +216,7 @@ def train(run: config.Run, out: pathlib.Path) -> None:
         tokenizer_folder = files.bundled(spec.tokenizer)
         folders.check_vocabulary(tokenizer_folder, cfg)
         job.tell_replicated(cfg, "float32")
-        params = decoder.init_params(jax.random.key(run.seed), cfg)
+        make_params = lambda: decoder.init_params(jax.random.key(run.seed), cfg)  # noqa: E731
         start = {"config": dataclasses.asdict(cfg)}
     job.check_window(run, cfg)
     mesh.check_shared("train.recipe.batch", recipe.batch)
@@ -226,7 +227,7 @@ def train(run: config.Run, out: pathlib.Path) -> None:
         run,
         recipe,
         cfg=cfg,
-        params=params,
+        make_params=make_params,
         teacher=None,
         train=windows,
         held_out=held_out,

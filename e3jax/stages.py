@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -93,8 +93,9 @@ def search_mask(job_: Job) -> Mask:
     state = fit(
         "search",
         step,
-        mesh.replicate(search.init_state(theta, spec)),
+        lambda: mesh.replicate(search.init_state(theta, spec)),
         job.step_batches(job_.train, spec.batch, job.data_seed(run, "search")),
+        like=search.abstract_state(cfg, spec),
         steps=spec.steps,
         folder=folder,
         inputs=inputs,
@@ -223,7 +224,7 @@ def recover(job_: Job, mask: Mask, folder: pathlib.Path) -> Params:
         run,
         recipe,
         cfg=job_.cfg.take_layers(mask.keep),
-        params=decoder.take_layers(job_.params, mask.keep),
+        make_params=lambda: decoder.take_layers(job_.params, mask.keep),
         teacher=(job_.params, job_.cfg),
         train=job_.train,
         held_out=job_.held_out,
@@ -240,7 +241,7 @@ def train_student(
     recipe: config.Distill,
     *,
     cfg: ModelConfig,
-    params: Params,
+    make_params: Callable[[], Params],
     teacher: tuple[Params, ModelConfig] | None,
     train: Windows,
     held_out: Windows,
@@ -249,8 +250,9 @@ def train_student(
     mean_entropy: float = 1.0,
     cache: TeacherCache | None = None,
 ) -> Params:
-    """Trains `params` by a recipe and returns them in float32. The teacher, if any, is frozen.
+    """Trains parameters by a recipe and returns them in float32. The teacher, if any, is frozen.
 
+    make_params: those to begin with, in any dtype; on a restart nobody asks for them.
     Held-out figures are KL and agreement with the teacher, and perplexity.
     """
     if recipe.batch % (recipe.microbatch or recipe.batch):
@@ -296,8 +298,9 @@ def train_student(
     state = fit(
         name,
         step,
-        distill.init_state(params, optimizer, mean_entropy),
+        lambda: distill.init_state(make_params(), optimizer, mean_entropy),
         batches,
+        like=distill.abstract_state(cfg, optimizer),
         steps=recipe.steps,
         folder=folder,
         inputs=files.plain_tree(inputs | {"recipe": decides, "train": train.fingerprint}),

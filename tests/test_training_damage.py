@@ -13,9 +13,9 @@ import pytest
 
 from e3jax import files, mesh
 from e3jax.training import metrics
-from e3jax.training.checkpoint import abstract, checksum, open_checkpoints
+from e3jax.training.checkpoint import checksum, open_checkpoints
 from e3jax.training.metrics import Metrics, read_metrics
-from training_tiny import assert_bitwise, set_mesh
+from training_tiny import abstract, assert_bitwise, set_mesh
 
 
 def numbers(step):

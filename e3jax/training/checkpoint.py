@@ -181,10 +181,3 @@ def _reason(error: BaseException) -> str:
     """The first line of an error and of what caused it."""
     chain = [error, *filter(None, [error.__cause__])]
     return "; ".join(f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}" for e in chain)
-
-
-def abstract(state: Any) -> Any:
-    """ShapeDtypeStructs of a state's arrays, with their shardings."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
