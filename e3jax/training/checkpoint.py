@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 INPUTS = "inputs.json"
 STEPS = "steps"  # the folder with one folder a checkpoint
+HOST_BYTES = 8 * 10**9  # enough to keep a disk busy, and a small part of any host's memory
 PATIENCE_S = 7 * 24 * 3600  # for a save; a jump is taken off it at each of several levels
 
 
@@ -65,7 +66,8 @@ class Checkpoints:
         known = {self._best: figures[self._best]} if figures and self._best in figures else None
         with self._saving():
             self._orbax.wait()
-            self._orbax.save_async(step, signed, force=True, overwrite=True, metrics=known)
+            with _context(signed):
+                self._orbax.save_async(step, signed, force=True, overwrite=True, metrics=known)
 
     def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
         """The newest checkpoint that can be read, as (step, state), or None where there is none.
@@ -99,7 +101,10 @@ class Checkpoints:
         place = (self.folder / STEPS / str(step)).absolute()
         number = jax.ShapeDtypeStruct((), jnp.uint32, sharding=mesh.sharding(()))
         wanted = {"state": {"state": abstract_state, "checksum": number}}  # "state": Orbax's name
-        with _context(alone=True):
+        context = _context(wanted)
+        context.multiprocessing.primary_host = jax.process_index()
+        context.multiprocessing.active_processes = {jax.process_index()}
+        with context:
             # Orbax numbers its loads and names later barriers by it: all begin one, or none does.
             if self._everywhere(step, lambda: ocp.checkpointables_metadata(place)) is None:
                 return None
@@ -195,16 +200,17 @@ def checksum(state: Any) -> jax.Array:
     return total
 
 
-def _context(*, alone: bool = False) -> ocp.Context:
+def _context(arrays: Any = None) -> ocp.Context:
     """Orbax measures its timeouts by the wall clock: one that jumps must not fail a save.
 
     Waiting for directories that are made in the background has one that cannot be set.
-    alone: this process waits for no other.
+    arrays: what is written or read. A process holds at most HOST_BYTES of it at a time, or the
+    largest array, since Orbax refuses one above its bound. Without a bound, what is written is held
+    twice: compressed too, until the last of it is written; and all that is read at once.
     """
     context = ocp.Context()
-    if alone:
-        context.multiprocessing.primary_host = jax.process_index()
-        context.multiprocessing.active_processes = {jax.process_index()}
+    most = max([HOST_BYTES, *(1 + x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))])
+    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = most
     context.asynchronous.timeout_secs = PATIENCE_S
     context.asynchronous.create_directories_asynchronously = False
     return context
