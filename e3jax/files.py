@@ -1,14 +1,23 @@
 """Small files written whole, and the identity of what a stage was given."""
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import importlib.resources
 import json
+import logging
 import os
 import pathlib
 import secrets
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from e3jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 SAMPLED_ABOVE = 256 * 2**20  # bytes; larger weight files are hashed by samples
 SAMPLE = 2**20
@@ -59,6 +68,62 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # numpy and jax arrays
         return value.tolist()
     raise TypeError(f"not JSON: {type(value).__name__}")
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, place: str) -> Iterator[str]:
+    """Nobody else is at work in a place while this is open, and so holds its lock file `path`.
+
+    Yields what the file says of its holder. The file goes at the end; the lock itself when the
+    process does, however it ends. Raises UserError, which begins with `place`, where another has
+    it (naming that one) and where the file cannot be written.
+    """
+    token = f"process {os.getpid()} of {socket.gethostname()}, {secrets.token_hex(4)}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = _lock(path, place)
+        os.pwrite(handle, token.ljust(os.fstat(handle).st_size).encode(), 0)
+    except OSError as error:
+        raise UserError(f"{place}: cannot be written: {error.strerror}") from error
+    try:
+        yield token
+    finally:
+        if _is(handle, path):
+            path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _lock(path: pathlib.Path, place: str) -> int:
+    """A handle of the file, which has its lock. Raises UserError where another process has it."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = os.pread(handle, 200, 0).decode().strip() or "an unknown process"
+            os.close(handle)
+            raise UserError(
+                f"{place}: another run is at work there ({who}); wait, or stop it (where a lost "
+                f"host's lock stays with the file server, remove {path})"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                os.close(handle)
+                raise
+            log.warning(
+                "%s: the file system has no locks (%s): let one run at a time use it", place, error
+            )
+        if _is(handle, path):
+            return handle
+        os.close(handle)  # of a file that its holder has just removed
+
+
+def _is(handle: int, path: pathlib.Path) -> bool:
+    """Whether an open file still has this name."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def fingerprint(value: Any) -> str:

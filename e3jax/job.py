@@ -2,16 +2,12 @@
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import functools
 import hashlib
 import itertools
 import logging
 import os
 import pathlib
-import secrets
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -172,10 +168,9 @@ def claim_folder(run: config.Run) -> Iterator[pathlib.Path]:
     """
     out = pathlib.Path(run.out).expanduser()
     processes.same("the configuration", files.fingerprint(dataclasses.replace(run, out="")))
-    lock = -1
+    lock = contextlib.ExitStack()
 
     def claim() -> str:
-        nonlocal lock
         mark = out / "run.json"
         if out.exists() and not out.is_dir():
             raise UserError(f"out={out}: is a file; expected a folder, or a name for a new one")
@@ -184,26 +179,15 @@ def claim_folder(run: config.Run) -> Iterator[pathlib.Path]:
         strange = [name for name in found if name != LOCK and not name.startswith(".run.json.")]
         if strange and not mark.exists():
             raise UserError(f"out={out}: not empty, and not a run of e3jax; choose another folder")
+        token = lock.enter_context(files.locked(out / LOCK, f"out={out}"))
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            lock = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-            # The kernel lets go of it when the process ends, however it ends.
-            _lock(lock)
             if not mark.exists():
                 record(run, out)
-        except BlockingIOError:
-            who = (out / LOCK).read_text() or "an unknown process"
-            raise UserError(
-                f"out={out}: another run is at work there ({who.strip()}); wait, or stop it (where "
-                f"a lost host's lock stays with the file server, remove {out / LOCK})"
-            ) from None
         except OSError as error:
             raise UserError(f"out={out}: cannot be written: {error.strerror}") from error
-        token = f"process {os.getpid()} of {socket.gethostname()}, {secrets.token_hex(4)}"
-        os.pwrite(lock, token.ljust(os.fstat(lock).st_size).encode(), 0)
         return token
 
-    try:
+    with lock:
         token = processes.from_first(claim)
         seen = (out / LOCK).is_file() and (out / LOCK).read_text().strip() == token
         if not processes.everywhere(seen):
@@ -212,25 +196,12 @@ def claim_folder(run: config.Run) -> Iterator[pathlib.Path]:
                 "must lie on storage that all of them share"
             )
         yield out
-    finally:
-        if lock >= 0:
-            os.close(lock)
 
 
 def record(run: config.Run, out: pathlib.Path) -> None:
     """run.json: the configuration that is at work in a run folder. Its folder is ours."""
     if processes.is_first():
         files.write_json(out / "run.json", configure.as_dict(run))
-
-
-def _lock(handle: int) -> None:
-    """Raises BlockingIOError where another process has it."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        log.warning("the file system has no locks (%s): let one run at a time use it", error)
 
 
 def keep_compiled(out: pathlib.Path) -> None:

@@ -253,8 +253,12 @@ def train(run: config.Run, out: pathlib.Path) -> None:
         )
     if spec.config is None:
         job_ = job.open_job(run)
-        cfg, params, tokenizer_folder = job_.cfg, job_.params, job_.source
+        cfg, tokenizer_folder = job_.cfg, job_.source
         start: dict[str, Any] = {"model": job_.identity}
+
+        def make_params(wanted: ModelConfig) -> Params:
+            return job_.params if wanted == cfg else decoder.take_layers(job_.params, rehearsal.TWO)
+
     else:
         if spec.tokenizer is None:
             raise UserError("train.tokenizer: required with train.config: a tokenizer's folder")
@@ -262,7 +266,7 @@ def train(run: config.Run, out: pathlib.Path) -> None:
         tokenizer_folder = files.bundled(spec.tokenizer)
         text.check_vocab(text.load_tokenizer(tokenizer_folder), cfg.vocab_size)
         job.tell_replicated(cfg, "float32")
-        params = decoder.init_params(jax.random.key(run.seed), cfg)
+        make_params = functools.partial(decoder.init_params, jax.random.key(run.seed))
         start = {"config": dataclasses.asdict(cfg)}
     job.check_window(run, cfg)
     mesh.check_shared("train.recipe.batch", recipe.batch)
@@ -270,13 +274,13 @@ def train(run: config.Run, out: pathlib.Path) -> None:
     held_out = job.tokenize(run, run.data.held_out, tokenizer_folder)
     job.record(run, out)
 
-    def work(run: config.Run, out: pathlib.Path, cfg: ModelConfig, params: Params) -> None:
+    def work(cfg: ModelConfig, run: config.Run, out: pathlib.Path) -> None:
         trained = stages.train_student(
             "train",
             run,
             run.train.recipe,
             cfg=cfg,
-            params=params,
+            make_params=lambda: make_params(cfg),
             teacher=None,
             train=windows,
             held_out=held_out,
@@ -285,12 +289,9 @@ def train(run: config.Run, out: pathlib.Path) -> None:
         )
         outputs.export_trained(run, cfg, trained, tokenizer_folder, out / "export", windows)
 
-    def with_two(short: config.Run, folder: pathlib.Path) -> None:
-        two = decoder.take_layers(params, rehearsal.TWO)
-        work(short, folder, cfg.take_layers(rehearsal.TWO), two)
-
-    rehearsal.before(run, out, tokens=_train_tokens(run), layers=cfg.num_layers, play=with_two)
-    work(run, out, cfg, params)
+    play = functools.partial(work, cfg.take_layers(rehearsal.TWO))
+    rehearsal.before(run, out, tokens=_train_tokens(run), layers=cfg.num_layers, play=play)
+    work(cfg, run, out)
     if processes.is_first():
         pictures.draw_training(out)
     print(f"trained: {out}/export   pictures: {out}/plots")

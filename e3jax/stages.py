@@ -92,8 +92,9 @@ def search_mask(job_: Job) -> Mask:
     state = fit(
         "search",
         step,
-        mesh.replicate(search.init_state(theta, spec)),
+        lambda: mesh.replicate(search.init_state(theta, spec)),
         job.step_batches(job_.train, spec.batch, job.data_seed(run, "search")),
+        like=search.abstract_state(cfg, spec),
         steps=spec.steps,
         folder=folder,
         inputs=inputs,
@@ -229,7 +230,7 @@ def recover(job_: Job, mask: Mask, folder: pathlib.Path) -> Params:
         run,
         recipe,
         cfg=job_.cfg.take_layers(mask.keep),
-        params=decoder.take_layers(job_.params, mask.keep),
+        make_params=lambda: decoder.take_layers(job_.params, mask.keep),
         teacher=(job_.params, job_.cfg),
         train=job_.train,
         held_out=job_.held_out,
@@ -246,7 +247,7 @@ def train_student(
     recipe: config.Distill,
     *,
     cfg: ModelConfig,
-    params: Params,
+    make_params: Callable[[], Params],
     teacher: tuple[Params, ModelConfig] | None,
     train: Windows,
     held_out: Windows,
@@ -255,8 +256,9 @@ def train_student(
     mean_entropy: float = 1.0,
     cache: TeacherCache | None = None,
 ) -> Params:
-    """Trains `params` by a recipe and returns them in float32. The teacher, if any, is frozen.
+    """Trains parameters by a recipe and returns them in float32. The teacher, if any, is frozen.
 
+    make_params: those to begin with, in any dtype; on a restart nobody asks for them.
     Held-out figures are KL and agreement with the teacher, and perplexity.
     """
     if recipe.batch % (recipe.microbatch or recipe.batch):
@@ -302,8 +304,9 @@ def train_student(
     state = fit(
         name,
         step,
-        distill.init_state(params, optimizer, mean_entropy),
+        lambda: distill.init_state(make_params(), optimizer, mean_entropy),
         batches,
+        like=distill.abstract_state(cfg, optimizer),
         steps=recipe.steps,
         folder=folder,
         inputs=files.plain_tree(inputs | {"recipe": decides, "train": train.fingerprint}),

@@ -1,5 +1,6 @@
 """The offline teacher's pass over the windows of a recovery: all processes fill its cache."""
 
+import contextlib
 import logging
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 
 from e3jax import job, mesh, processes
 from e3jax.data import batches
+from e3jax.data.store import Store
 from e3jax.data.teacher import TeacherCache, deal, estimate_bytes, open_cache
 from e3jax.distill import losses
 from e3jax.errors import UserError
@@ -22,7 +24,8 @@ def teacher_cache(job_: Job) -> TeacherCache:
     """The dense model's top-k for the train windows that the recovery uses.
 
     In distill.cache, else in the run folder. It goes on where it was killed, and takes in more
-    windows when a run needs more. Each process writes files of its own.
+    windows when a run needs more. Each process writes files of its own. Raises UserError while
+    another run writes it; in a bucket (gs://) that is not noticed.
     """
     recipe = job_.run.distill
     if recipe.top_k > job_.cfg.vocab_size:
@@ -33,7 +36,7 @@ def teacher_cache(job_: Job) -> TeacherCache:
     seed = job.data_seed(job_.run, "distill")
     used = batches.used_windows(len(job_.train), recipe.batch, seed, recipe.steps)
     facts = (place, job_.train, recipe.top_k, recipe.temperature, job_.identity, used)
-    made = None
+    made, lock = None, contextlib.ExitStack()
 
     def ready() -> bool:
         nonlocal made
@@ -41,11 +44,13 @@ def teacher_cache(job_: Job) -> TeacherCache:
             open_cache(*facts)
             return True
         except UserError:
+            lock.enter_context(Store(place).locked("distill.cache"))
             made = TeacherCache.create(*facts)  # one makes the files, all open them
             return False
 
-    if not processes.from_first(ready):
-        _fill(job_, made or TeacherCache.create(*facts))
+    with lock:
+        if not processes.from_first(ready):
+            _fill(job_, made or TeacherCache.create(*facts))
     return open_cache(*facts)
 
 

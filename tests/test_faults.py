@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from e3jax import cli, configure, job
+from e3jax import cli, configure, files, job
 from test_restart import ROOT, configuration, count, start, stderr  # noqa: F401  a fixture
 from test_training import lines, toy_fit
 from training_tiny import assert_bitwise, set_mesh
@@ -127,6 +127,34 @@ def test_a_second_run_in_the_same_folder_is_refused(configuration, tmp_path, cap
         assert "another run is at work there" in told and f"process {os.getpid()} of " in told
     with set_mesh(), job.claim_folder(run):
         pass  # it was let go of
+
+
+def test_a_second_run_in_the_same_teacher_cache_is_refused(configuration, tmp_path, capsys):  # noqa: F811
+    """While the first one writes; one that reads what is finished asks nobody."""
+    mask = {"selector": "given", "num_layers": 4, "keep": [0, 2, 3]}
+    (tmp_path / "mask.json").write_text(json.dumps(mask))
+    cache = tmp_path / "cache"
+    overrides = [f"distill.mask={tmp_path}/mask.json", f"distill.cache={cache}", *CACHE.split()]
+    second = ["distill", "--config", str(configuration), f"out={tmp_path}/second", *overrides]
+    second += ["distill.microbatch=8"]  # for the eight devices here
+    process = start(configuration, "distill", f"out={tmp_path}/first", *overrides)
+
+    def refused():
+        process.send_signal(signal.SIGSTOP)
+        assert not (cache / "finished.json").exists()
+        assert cli.main(second) == 2
+        told = capsys.readouterr().err
+        assert f"error: distill.cache={cache}: another run is at work there" in told
+        assert f"(process {process.pid} of " in told
+        process.send_signal(signal.SIGCONT)
+
+    try:
+        assert disturb(configuration, process, (cache / "ids" / "c").exists, refused) == 0
+    finally:
+        process.kill()
+    assert not (cache / ".lock").exists()
+    with files.locked(cache / ".lock", "somebody else"):
+        assert cli.main(second) == 0
 
 
 def test_signals_in_every_stage(configuration, tmp_path):  # noqa: F811

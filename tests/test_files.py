@@ -1,14 +1,19 @@
 """Small files are whole or not there; an identity changes exactly when what it names does."""
 
 import dataclasses
+import fcntl
 import json
+import os
 import pathlib
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from e3jax import config, files
+from e3jax.errors import UserError
 
 
 def test_json_goes_round(tmp_path):
@@ -97,3 +102,73 @@ def test_bundled_files_are_found_from_anywhere_and_give_way_to_local_ones(tmp_pa
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "test.jsonl").write_text("{}\n")
     assert files.bundled("demo/test.jsonl").read_text() == "{}\n"
+
+
+HOLD = """
+import pathlib, sys
+from e3jax import files
+
+with files.locked(pathlib.Path(sys.argv[1]), "out=x"):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def hold(path):
+    """Another process that has the lock, until its stdin says so or it is killed."""
+    command = [sys.executable, "-c", HOLD, str(path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    return process
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_lock_is_of_one_process_until_that_ends(tmp_path, killed):
+    path = tmp_path / "new" / ".lock"
+    process = hold(path)
+    told = rf"^out=y: another run is at work there \(process {process.pid} of \S+, \w+\)"
+    with pytest.raises(UserError, match=told), files.locked(path, "out=y"):
+        pass
+    if killed:
+        process.kill()
+    process.communicate()
+    assert path.exists() == killed
+    with files.locked(path, "out=y") as token:
+        assert path.read_text().strip() == token
+        assert token.startswith(f"process {os.getpid()} of ")
+    assert not list(path.parent.iterdir())
+
+
+def test_a_lock_that_was_removed_is_the_next_ones(tmp_path):
+    """As the message says for a lost host's; the first one's end leaves the second's alone."""
+    path = tmp_path / ".lock"
+    with files.locked(path, "out=x"):
+        path.unlink()
+        process = hold(path)
+    with pytest.raises(UserError, match=f"process {process.pid} of "), files.locked(path, "out=x"):
+        pass
+    process.communicate()
+
+
+def test_a_lock_is_not_taken_of_a_file_that_its_holder_removes(tmp_path, monkeypatch):
+    """Between our opening it and our locking it: a third would find none and make its own."""
+    path, real = tmp_path / ".lock", fcntl.flock
+    process = hold(path)
+
+    def late(*arguments):
+        monkeypatch.setattr(fcntl, "flock", real)
+        process.communicate()
+        real(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with files.locked(path, "out=x") as token:
+        assert path.read_text() == token
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"^out=x: cannot be written: .*(exists|directory)"),
+        files.locked(tmp_path / "file" / ".lock", "out=x"),
+    ):
+        pass

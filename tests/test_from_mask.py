@@ -346,13 +346,43 @@ def test_without_jax(tmp_path):
     assert read_config(tmp_path / "out").num_layers == 3
 
 
-def test_sigterm_leaves_nothing(tmp_path):
-    slow = "import time\nfrom e3jax.hf import copying\nreal = copying._copy_range\n"
-    slow += "copying._copy_range = lambda *a: (print('x', flush=True), time.sleep(1), real(*a))[2]"
+def copying_now(tmp_path, source):
+    """The program while it copies: before each range it says so and waits to be told to go on."""
+    slow = "from e3jax.hf import copying\nreal = copying._copy_range\ndef wait(*arguments):\n"
+    slow += "    print('x', flush=True)\n    sys.stdin.read()\n    return real(*arguments)\n"
+    slow += "copying._copy_range = wait"
     process = subprocess.Popen(
-        command(tmp_path, moe(tmp_path), slow), cwd=ROOT, stdout=subprocess.PIPE
+        command(tmp_path, source, slow), cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     process.stdout.readline()
+    return process
+
+
+def test_a_second_export_while_the_first_copies_is_refused(tmp_path, capsys):
+    """And takes nothing from it; what a killed one left the next one removes."""
+    source = moe(tmp_path)
+    process = copying_now(tmp_path, source)
+    before = left(tmp_path)
+    run(tmp_path, source, code=2)
+    told = capsys.readouterr().err
+    assert f"{tmp_path}/out: another run is at work there (process {process.pid} of " in told
+    assert left(tmp_path) == before and len(before) == 2
+    process.communicate()  # it goes on
+    assert process.returncode == 0 and left(tmp_path) == {"out"}
+    first = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    shutil.rmtree(tmp_path / "out")
+
+    process = copying_now(tmp_path, source)
+    process.kill()
+    process.communicate()
+    assert left(tmp_path).isdisjoint(before - {".out.lock"}) and len(left(tmp_path)) == 2
+    out = run(tmp_path, source)
+    assert left(tmp_path) == {"out"}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == first
+
+
+def test_sigterm_leaves_nothing(tmp_path):
+    process = copying_now(tmp_path, moe(tmp_path))
     assert any(name.startswith(".out.partial-") for name in left(tmp_path))
     process.send_signal(signal.SIGTERM)
     begun = time.monotonic()

@@ -319,6 +319,61 @@ def test_each_process_reads_its_part_of_the_weights(place):
     assert max(read) < 0.52 * size, (read, size)
 
 
+TORN = """
+import pathlib, sys, time
+
+import jax
+import numpy as np
+from orbax.checkpoint.experimental.v1._src.layout import registry
+
+from e3jax import mesh, processes
+from e3jax.training.checkpoint import open_checkpoints
+
+folder, what = pathlib.Path(sys.argv[1]), sys.argv[2]
+see = registry.get_checkpoint_layout
+
+async def unseen(path, *rest):
+    if what == "nothing" and path.name == "2" and jax.process_index() == 1:
+        raise OSError("stale file handle")
+    return await see(path, *rest)
+
+registry.get_checkpoint_layout = unseen
+processes.start(sys.argv[4], 2, int(sys.argv[-1]))
+value = np.random.default_rng(0).normal(size=(2, 10000)).astype(np.float32)
+with jax.set_mesh(mesh.make_mesh()):
+    place = mesh.sharding(("embed", None))
+    state = {"x": jax.make_array_from_callback(value.shape, place, lambda part: value[part])}
+    like = {"x": jax.ShapeDtypeStruct(value.shape, np.float32, sharding=place)}
+    with open_checkpoints(folder, {}) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state)
+    if processes.is_first():
+        for path in (folder / "steps" / "2").glob(what):
+            path.write_bytes(path.read_bytes()[:100])
+    processes.barrier("torn")
+    begun = time.monotonic()
+    with open_checkpoints(folder, {}) as checkpoints:
+        step, found = checkpoints.restore(like)
+        np.testing.assert_array_equal(processes.whole(found["x"]), value)
+        checkpoints.save(3, found)
+    with open_checkpoints(folder, {}) as checkpoints:
+        print("read", step, checkpoints.restore(like)[0], time.monotonic() - begun)
+"""
+
+
+@pytest.mark.parametrize(
+    "what", ["state/ocdbt.process_1/d/*", "nothing"], ids=["torn", "not seen there"]
+)
+def test_a_checkpoint_that_one_process_cannot_read(place, what):
+    """All hear of it at once and use the one before, and the next one is saved and read."""
+    started = start(place, 2, str(place / f"torn-{what[:5]}"), what, program=("-c", TORN))
+    assert finish(place, started) == [0, 0], said(place) + said(place, 1)
+    for number in (0, 1):
+        assert "step 2 cannot be read by process 1: " in said(place, number)
+        *_, newest, last, seconds = said(place, number).splitlines()[-1].split()
+        assert (newest, last) == ("1", "3") and float(seconds) < 30
+
+
 SLURM = """
 from e3jax import processes
 

@@ -13,10 +13,10 @@ from e3jax import mesh
 from e3jax.distill import distill
 from e3jax.hf import export, load
 from e3jax.models import decoder
-from e3jax.training.checkpoint import abstract, open_checkpoints
+from e3jax.training.checkpoint import open_checkpoints
 from e3jax.training.optim import make_optimizer
 from sharded_tiny import MESHES, MODELS, close, everywhere, numbers, placed
-from training_tiny import CFG, assert_bitwise, random_batch, recipe, set_mesh
+from training_tiny import CFG, abstract, assert_bitwise, random_batch, recipe, set_mesh
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 
@@ -65,22 +65,31 @@ def saved(tmp_path_factory):
         return folder, jax.device_get(state)
 
 
+OPTIMIZER = make_optimizer(recipe().optimizer, 6)
+
+
 def start():
-    optimizer = make_optimizer(recipe().optimizer, 6)
-    return distill.init_state(placed("odd"), optimizer, 2.0)
+    return distill.init_state(placed("odd"), OPTIMIZER, 2.0)
 
 
 @pytest.mark.parametrize("sizes", [*MESHES, (1, 1, 1)], ids=str)
 def test_restore_onto_another_mesh(saved, sizes):
+    """By the abstract state, which is that of a fresh one: so the step compiles once for both."""
     folder, want = saved
     with set_mesh(*sizes):
-        wanted = abstract(start())
+        wanted = distill.abstract_state(MODELS["odd"], OPTIMIZER)
+        jax.tree.map(_same, abstract(start()), wanted)
         with open_checkpoints(folder, {}) as checkpoints:
             step, state = checkpoints.restore(wanted)
         assert step == 3
         for x, like in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
             assert x.sharding == like.sharding
     assert_bitwise(jax.device_get(state), want)
+
+
+def _same(x, y):
+    assert (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)
+    assert x.sharding.spec == y.sharding.spec
 
 
 @everywhere

@@ -1,5 +1,6 @@
 """Optimiser, accumulation, loop, record and checkpoints: what both stages share."""
 
+import contextlib
 import functools
 import json
 import logging
@@ -13,17 +14,20 @@ import numpy as np
 import pytest
 
 from e3jax import config, mesh
+from e3jax.distill import distill
 from e3jax.errors import Diverged, UserError
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.search import search
 from e3jax.training import optim
-from e3jax.training.checkpoint import Checkpoints, abstract, open_checkpoints
+from e3jax.training.checkpoint import Checkpoints, open_checkpoints
 from e3jax.training.loop import fit
 from e3jax.training.metrics import read_metrics
 from training_tiny import (
     CFG,
     STEPS,
+    STUDENT,
+    abstract,
     assert_bitwise,
     assert_close,
     dense_params,
@@ -155,10 +159,18 @@ def toy_fit(folder, last=12, **changes):
         "checkpoint_every": 4,
         "evaluate": toy_score,
         "evaluate_every": 4,
-        **{k: v for k, v in changes.items() if k != "poison"},
+        **{k: v for k, v in changes.items() if k not in ("poison", "make")},
     }
-    state = {"value": mesh.replicate(jnp.float32(0.3)), "best": mesh.replicate(jnp.float32(-1))}
-    return fit("toy", jax.jit(toy_step, donate_argnums=0), state, batches, folder=folder, **options)
+    step, make = jax.jit(toy_step, donate_argnums=0), changes.get("make", toy_state)
+    return fit("toy", step, make, batches, like=abstract(toy_state()), folder=folder, **options)
+
+
+def toy_state():
+    return {"value": mesh.replicate(jnp.float32(0.3)), "best": mesh.replicate(jnp.float32(-1))}
+
+
+def never():
+    raise AssertionError("a state was made")
 
 
 def lines(folder):
@@ -176,6 +188,16 @@ def test_cut_short_and_begun_again_is_the_same_run(tmp_path, one_device, last, e
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
     scored = [line["step"] for line in read_metrics(tmp_path / "cut") if "score" in line]
     assert scored == [*range(0, 12, every), 12]
+
+
+def test_a_restart_makes_no_state(tmp_path, one_device):
+    """None that would lie beside the one that is read; but where no checkpoint was saved yet."""
+    made = []
+    for last in (3, 7, 12):
+        with contextlib.suppress(KeyboardInterrupt):
+            toy_fit(tmp_path, last, make=lambda: made.append(1) or toy_state())
+    toy_fit(tmp_path, make=never)
+    assert len(made) == 2
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path, one_device):
@@ -351,7 +373,8 @@ def make_search():
     step, params = search_step(spec, jax.sharding.get_mesh())
     theta = np.linspace(-1, 1, CFG.num_layers).astype(np.float32)
     state = mesh.replicate(search.init_state(theta, spec))
-    return state, lambda state, batch: step(state, params, batch), step
+    like = search.abstract_state(CFG, spec)
+    return state, like, lambda state, batch: step(state, params, batch), step
 
 
 @functools.cache
@@ -362,12 +385,15 @@ def search_step(spec, _):
 
 def make_distill():
     # Compiled for this test alone, which counts compilations.
-    state, step, teacher = make_student(recipe(patience=STEPS))
-    return state, lambda state, batch: step(state, teacher, batch, None), step
+    spec = recipe(patience=STEPS)
+    state, step, teacher = make_student(spec)
+    like = distill.abstract_state(STUDENT, optim.make_optimizer(spec.optimizer, spec.steps))
+    return state, like, lambda state, batch: step(state, teacher, batch, None), step
 
 
-def stage_fit(folder, make, last=STEPS):
-    state, step, jitted = make()
+def stage_fit(folder, make, last=STEPS, again=False):
+    state, like, step, jitted = make()
+    make_state = never if again else lambda: state
 
     def batches(number):
         if number >= last:
@@ -375,7 +401,7 @@ def stage_fit(folder, make, last=STEPS):
         return random_batch(number)
 
     options = {"steps": STEPS, "inputs": {}, "checkpoint_every": 3}
-    state = fit("stage", step, state, batches, folder=folder, **options)
+    state = fit("stage", step, make_state, batches, like=like, folder=folder, **options)
     return jax.device_get(state), jitted
 
 
@@ -387,11 +413,11 @@ def test_six_steps_are_three_and_a_restart_and_three(tmp_path, make):
         for name in ("same", "other"):
             with pytest.raises(KeyboardInterrupt):
                 stage_fit(tmp_path / name, make, last=3)
-        same, _ = stage_fit(tmp_path / "same", make)
+        same, _ = stage_fit(tmp_path / "same", make, again=True)
         assert step._cache_size() == 1, "a step compiled after the first"
     assert int(same.step) == STEPS
     assert_bitwise(same, want)
     with set_mesh(1, 4, 2):
-        other, _ = stage_fit(tmp_path / "other", make)
+        other, _ = stage_fit(tmp_path / "other", make, again=True)
     assert len(read_metrics(tmp_path / "other")) == STEPS
     assert_close(other, want, atol=2e-4)

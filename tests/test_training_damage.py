@@ -3,6 +3,8 @@
 import errno
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -12,9 +14,10 @@ import numpy as np
 import pytest
 
 from e3jax import files, mesh, progress
-from e3jax.training.checkpoint import abstract, checksum, open_checkpoints
+from e3jax.training import checkpoint
+from e3jax.training.checkpoint import checksum, open_checkpoints
 from e3jax.training.metrics import Metrics, read_metrics
-from training_tiny import assert_bitwise, set_mesh
+from training_tiny import abstract, assert_bitwise, set_mesh
 
 
 def numbers(step):
@@ -57,6 +60,51 @@ def test_damage_inside_the_arrays_is_noticed(saved, caplog, damage):
     assert "step 2 cannot be read: " in caplog.text
     if damage is flip:
         assert "ValueError: the arrays are not those that were saved" in caplog.text
+
+
+SAVE = """
+import pathlib, re, sys
+
+import numpy as np
+
+from e3jax import mesh
+from e3jax.training import checkpoint
+
+def most():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
+
+checkpoint.HOST_BYTES = int(sys.argv[2])
+checkpoint.checksum = lambda _: zero  # which on a CPU takes as much as the state
+rng, zero = np.random.default_rng(0), mesh.replicate(np.uint32(0))
+with checkpoint.open_checkpoints(pathlib.Path(sys.argv[1]), {}) as checkpoints:
+    checkpoints.save(1, {"x": mesh.replicate(rng.random(1000, np.float32))})
+state = {f"x{i}": mesh.replicate(rng.random((16, 2**18), np.float32)) for i in range(16)}
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the most so far is what is there now
+before = most()
+with checkpoint.open_checkpoints(pathlib.Path(sys.argv[1]), {}) as checkpoints:
+    checkpoints.save(2, state)
+print((most() - before) / 1024)
+"""
+
+
+def test_a_save_holds_a_bounded_part_of_the_host(tmp_path):
+    """MiB beside a state of 256 MiB: it used to be another 256. An array above the bound is saved
+    too."""
+
+    def beside(bound):
+        command = [sys.executable, "-c", SAVE, str(tmp_path / str(bound)), str(bound)]
+        given_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # at once, what is freed
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=given_back)
+        return float(done.stdout)
+
+    assert beside(1000) < 100 < 180 < beside(10**9)
+
+
+def test_what_is_larger_than_the_bound_is_read(saved, monkeypatch):
+    monkeypatch.setattr(checkpoint, "HOST_BYTES", 1000)
+    step, state = restore(saved)
+    assert step == 2
+    assert_bitwise(state, numbers(2))
 
 
 def test_checksum_is_of_every_bit_and_of_no_mesh():

@@ -99,6 +99,13 @@ def set_mesh(replica: int = 1, data: int = 1, model: int = 1):
     return jax.set_mesh(mesh.make_mesh(replica, data, model, devices=devices))
 
 
+def abstract(state):
+    """ShapeDtypeStructs of a state's arrays, with their shardings."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
 def assert_bitwise(a, b) -> None:
     """Two trees of arrays are the same to the last bit."""
     assert jax.tree.structure(a) == jax.tree.structure(b)

@@ -1,14 +1,19 @@
 """Where large arrays lie: a folder, or a Google Cloud Storage bucket, through TensorStore."""
 
+import contextlib
 import json
 import pathlib
 import re
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import tensorstore as ts
 
+from e3jax import files
 from e3jax.errors import UserError
+
+LOCK = ".lock"  # held by the run that writes
 
 # TensorStore's own 32 retries would keep a run without network waiting for a quarter of an hour.
 CONTEXT = {
@@ -90,6 +95,16 @@ class Store:
             shape=shape,
             chunk_layout=ts.ChunkLayout(write_chunk_shape=(shard, *row)),
         )
+
+    @contextlib.contextmanager
+    def locked(self, key: str) -> Iterator[None]:
+        """Nobody else writes here while this is open. For a bucket there is no lock: let one run at
+        a time write there. Raises UserError, naming who does, where another run does."""
+        if self.spec["driver"] != "file":
+            yield
+            return
+        with files.locked(pathlib.Path(self.spec["path"]) / LOCK, f"{key}={self.place}"):
+            yield
 
     def free_bytes(self) -> int | None:
         """Room on the disk that the folder is or will be on; None where there is no limit."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from e3jax.errors import UserError
+from e3jax.files import locked
 from e3jax.hf.folders import INDEX, SINGLE, inside
 
 T = TypeVar("T")
@@ -85,31 +86,24 @@ def new_token() -> int:
 
 @contextlib.contextmanager
 def aside(out: pathlib.Path, token: int) -> Iterator[pathlib.Path]:
-    """A folder beside `out` that becomes it at the end, or vanishes on any failure."""
+    """A folder beside `out` that becomes it at the end, or vanishes on any failure.
+
+    Raises UserError while another run exports to `out`: so what is found there a killed run left.
+    """
     folder = partial(out, token)
-    try:
-        _make(folder, stale=f".{glob.escape(out.name)}.partial-*")
-        yield folder
-        folder.replace(out)  # over an empty folder too
-        sync(out.parent)
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{out}: the disk is full; nothing was left behind") from error
-        raise
-
-
-def _make(folder: pathlib.Path, stale: str) -> None:
-    """Makes the folder, and removes those beside it that a killed run left (pattern `stale`)."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(stale):
-            shutil.rmtree(left, ignore_errors=True)
-        folder.mkdir()
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    with locked(out.parent / f".{out.name}.lock", str(out)):
+        try:
+            for left in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+                shutil.rmtree(left, ignore_errors=True)
+            folder.mkdir()
+            yield folder
+            folder.replace(out)  # over an empty folder too
+            sync(out.parent)
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"{out}: the disk is full; nothing was left behind") from error
             raise
-        raise UserError(f"{folder.parent}: cannot write there ({error.strerror})") from None
 
 
 def write_files(folder: pathlib.Path, content: Mapping[str, bytes]) -> None:

@@ -41,7 +41,6 @@ class Memory:
     parameters: int  # that are trained, float32; in the search none is
     optimiser: int
     teacher: int  # the dense model as stored; it stays on the device with a cached teacher too
-    start: int  # the student as it was cut from the dense model, which nothing has let go of
     activations: int  # what the forward pass keeps for the backward one
     temporaries: int  # gradients, logits, gathered weights, work space, inputs
     capacity: int
@@ -50,14 +49,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        return (
-            self.parameters
-            + self.optimiser
-            + self.teacher
-            + self.start
-            + self.activations
-            + self.temporaries
-        )
+        return self.parameters + self.optimiser + self.teacher + self.activations + self.temporaries
 
     @property
     def fits(self) -> bool:
@@ -158,17 +150,14 @@ def train_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: T
     recipe, student = run.distill, student_config(run, cfg)
     step, arguments = train_inputs(run, cfg, source_dtype)
     state, online, *_ = arguments
-    teacher, start = (
-        local_bytes(decoder.abstract_params(c, jnp.dtype(source_dtype))) for c in (cfg, student)
-    )
+    teacher = local_bytes(decoder.abstract_params(cfg, jnp.dtype(source_dtype)))
     return _compile(
         step.trace(*arguments),
         topology,
         parameters=local_bytes(state.params),
         optimiser=local_bytes(state.opt_state),
         teacher=teacher,
-        start=start,
-        idle=start + (teacher if online is None else 0),
+        idle=teacher if online is None else 0,
         activations=activation_bytes(
             run,
             student,
@@ -187,12 +176,11 @@ def _compile(
     parameters: int = 0,
     optimiser: int = 0,
     teacher: int = 0,
-    start: int = 0,
     idle: int = 0,
 ) -> Memory:
     """`idle`: bytes a device of arrays that stay there and are no arguments of the step."""
     begun, compiled = time.monotonic(), True
-    known = parameters + optimiser + teacher + start
+    known = parameters + optimiser + teacher
     try:
         found = traced.lower().compile().memory_analysis()
         # A CPU's compiler leaves its work space out of the peak.
@@ -214,7 +202,6 @@ def _compile(
         parameters=parameters,
         optimiser=optimiser,
         teacher=teacher,
-        start=start,
         activations=activations,
         temporaries=rest - activations,
         capacity=topology.memory,

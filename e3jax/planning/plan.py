@@ -179,7 +179,7 @@ def describe(plan: Plan) -> str:
         "",
         f"{'memory, GiB a device':<22}{'search':>9}{'distill':>9}",
     ]
-    parts = ("parameters", "optimiser", "teacher", "start", "activations", "temporaries")
+    parts = ("parameters", "optimiser", "teacher", "activations", "temporaries")
     for part in (*parts, "peak"):
         both = [getattr(m, part) / 2**30 for m in (plan.search_memory, plan.distill_memory)]
         lines.append(f"  {part:<20}" + "".join(f"{x:9.1f}" for x in both))

@@ -116,11 +116,10 @@ def estimate(
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh(sizes.replica, sizes.data, sizes.model)):
         wide = compile.local_bytes(decoder.abstract_params(student))
         dense = compile.local_bytes(decoder.abstract_params(cfg, jnp.dtype(source_dtype)))
-        start = compile.local_bytes(decoder.abstract_params(student, jnp.dtype(source_dtype)))
     micro = recipe.microbatch or recipe.batch
     gradients = wide * (1 if micro == recipe.batch else 2)
     rows = -(-micro // sizes.shards)
-    distill = 3 * wide + dense + start + gradients
+    distill = 3 * wide + dense + gradients
     distill += cost.activation_bytes(run, student, rows, sizes.model, trained=True)
     distill += _work_space(run, cfg, topology, rows, sizes.model)
     rows, search = -(-run.search.batch // sizes.shards), dense

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ from e3jax.errors import UserError
 log = logging.getLogger(__name__)
 
 INPUTS = "inputs.json"
+STEPS = "steps"  # the folder with one folder a checkpoint
+HOST_BYTES = 8 * 10**9  # enough to keep a disk busy, and a small part of any host's memory
 PATIENCE_S = 7 * 24 * 3600  # for a save; a jump is taken off it at each of several levels
 
 
@@ -48,7 +50,7 @@ class Checkpoints:
                 )
             )
         self._orbax = ocp.training.Checkpointer(
-            (folder / "steps").absolute(),
+            (folder / STEPS).absolute(),
             preservation_policy=policies.AnyPreservationPolicy(stay),
             cleanup_tmp_directories=True,  # what a killed save left
             context=_context(),
@@ -64,7 +66,8 @@ class Checkpoints:
         known = {self._best: figures[self._best]} if figures and self._best in figures else None
         with self._saving():
             self._orbax.wait()
-            self._orbax.save_async(step, signed, force=True, overwrite=True, metrics=known)
+            with _context(signed):
+                self._orbax.save_async(step, signed, force=True, overwrite=True, metrics=known)
 
     def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
         """The newest checkpoint that can be read, as (step, state), or None where there is none.
@@ -75,14 +78,8 @@ class Checkpoints:
         torn: list[int] = []
         steps = processes.from_first(lambda: [c.step for c in self._orbax.checkpoints])
         for step in sorted(steps, reverse=True):
-            state = None
-            try:
-                state = self._load(step, abstract_state)
-            except Exception as error:
-                if "RESOURCE_EXHAUSTED" in str(error):  # not the checkpoint's fault
-                    raise
-                log.warning("%s: step %d cannot be read: %s", self.folder, step, _reason(error))
-            if not processes.everywhere(state is not None):
+            state = self._load(step, abstract_state)
+            if state is None:
                 torn.append(step)
                 continue
             for newer in torn:  # deleted only now that the fault is known to be theirs
@@ -96,11 +93,42 @@ class Checkpoints:
         return None
 
     def _load(self, step: int, abstract_state: Any) -> Any:
+        """The state of a checkpoint, or None where one of the processes cannot read its part.
+
+        Each reads alone, and then hears of the others: one that fails comes to no barrier of
+        Orbax's, where they would wait for it for five minutes.
+        """
+        place = (self.folder / STEPS / str(step)).absolute()
         number = jax.ShapeDtypeStruct((), jnp.uint32, sharding=mesh.sharding(()))
-        signed = self._orbax.load(step, {"state": abstract_state, "checksum": number})
-        if int(checksum(signed["state"])) != int(signed["checksum"]):
-            raise ValueError("the arrays are not those that were saved")
-        return signed["state"]
+        wanted = {"state": {"state": abstract_state, "checksum": number}}  # "state": Orbax's name
+        context = _context(wanted)
+        context.multiprocessing.primary_host = jax.process_index()
+        context.multiprocessing.active_processes = {jax.process_index()}
+        with context:
+            # Orbax numbers its loads and names later barriers by it: all begin one, or none does.
+            if self._everywhere(step, lambda: ocp.checkpointables_metadata(place)) is None:
+                return None
+            signed = self._everywhere(
+                step, lambda: ocp.load_checkpointables(place, wanted)["state"]
+            )
+        return signed and self._everywhere(step, lambda: _verified(signed))
+
+    def _everywhere(self, step: int, read: Callable[[], Any]) -> Any:
+        """What `read` gives, or None where it fails in any process: of one of them all say why."""
+        found, reason = None, None
+        try:
+            found = read()
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" in str(error):  # not the checkpoint's fault
+                raise
+            reason = _reason(error)
+        reasons = processes.gather(reason)
+        for number, told in enumerate(reasons):
+            if told is not None:
+                who = "" if len(reasons) == 1 else f" by process {number}"
+                log.warning("%s: step %d cannot be read%s: %s", self.folder, step, who, told)
+                return None
+        return found
 
     def close(self) -> None:
         """Waits for the last save and raises what it met with."""
@@ -153,6 +181,12 @@ def check_inputs(folder: pathlib.Path, inputs: Mapping[str, Any]) -> None:
         )
 
 
+def _verified(signed: dict[str, Any]) -> Any:
+    if int(checksum(signed["state"])) != int(signed["checksum"]):
+        raise ValueError("the arrays are not those that were saved")
+    return signed["state"]
+
+
 @jax.jit
 def checksum(state: Any) -> jax.Array:
     """uint32 of all bits of a state: the same on every mesh, another when any one word is.
@@ -166,12 +200,17 @@ def checksum(state: Any) -> jax.Array:
     return total
 
 
-def _context() -> ocp.Context:
+def _context(arrays: Any = None) -> ocp.Context:
     """Orbax measures its timeouts by the wall clock: one that jumps must not fail a save.
 
     Waiting for directories that are made in the background has one that cannot be set.
+    arrays: what is written or read. A process holds at most HOST_BYTES of it at a time, or the
+    largest array, since Orbax refuses one above its bound. Without a bound, what is written is held
+    twice: compressed too, until the last of it is written; and all that is read at once.
     """
     context = ocp.Context()
+    most = max([HOST_BYTES, *(1 + x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))])
+    context.memory.write_concurrent_bytes = context.memory.read_concurrent_bytes = most
     context.asynchronous.timeout_secs = PATIENCE_S
     context.asynchronous.create_directories_asynchronously = False
     return context
@@ -181,10 +220,3 @@ def _reason(error: BaseException) -> str:
     """The first line of an error and of what caused it."""
     chain = [error, *filter(None, [error.__cause__])]
     return "; ".join(f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}" for e in chain)
-
-
-def abstract(state: Any) -> Any:
-    """ShapeDtypeStructs of a state's arrays, with their shardings."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from e3jax import mesh, notice, processes
 from e3jax.data.batches import prefetch
 from e3jax.errors import Diverged
-from e3jax.training.checkpoint import abstract, open_checkpoints
+from e3jax.training.checkpoint import open_checkpoints
 from e3jax.training.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -27,9 +27,10 @@ Evaluate = Callable[[int, Any], tuple[Any, dict[str, Any]]]
 def fit(
     name: str,
     step_fn: Step,
-    state: Any,
+    make_state: Callable[[], Any],
     batches: Callable[[int], Any],
     *,
+    like: Any,
     steps: int,
     folder: pathlib.Path,
     inputs: Mapping[str, Any],
@@ -44,7 +45,10 @@ def fit(
 
     step_fn: jitted (state, device batch) -> (state, float32 scalars); if these have `skipped`, 1
       marks a step that was left out as not finite, and `patience` of them in a row raise Diverged.
+    make_state: the state before the first step, asked for only where there is no checkpoint: so
+      that neither it nor what it is made of lies beside the one that is read.
     batches: step -> this process's rows as numpy: a function of the step alone.
+    like: ShapeDtypeStructs of the state with its shardings, for what is read from a checkpoint.
     evaluate: (step, state) -> (state, values), before the first step, every `evaluate_every` steps
       and after the last.
     folder, inputs: where checkpoints and metrics go, and what decides the result (checkpoint.py).
@@ -58,8 +62,8 @@ def fit(
         place = folder / "checkpoints"
         checkpoints = stack.enter_context(open_checkpoints(place, inputs, keep, best))
         with notice.released():
-            start, kept = checkpoints.restore(abstract(_Kept.of(state, due=True))) or (0, None)
-        state, due = (state, True) if kept is None else (kept.state, bool(kept.due))
+            start, kept = checkpoints.restore(_Kept.like(like)) or (0, None)
+            state, due = (make_state(), True) if kept is None else (kept.state, bool(kept.due))
         if start == steps and not due:
             return state
         metrics = Metrics(
@@ -115,6 +119,10 @@ class _Kept:
     @classmethod
     def of(cls, state: Any, *, due: bool) -> "_Kept":
         return cls(state, mesh.replicate(jnp.uint32(due)))
+
+    @classmethod
+    def like(cls, state: Any) -> "_Kept":
+        return cls(state, jax.ShapeDtypeStruct((), jnp.uint32, sharding=mesh.sharding(())))
 
 
 class _Waited:
