@@ -256,8 +256,9 @@ def train(run: config.Run, out: pathlib.Path) -> None:
         cfg, tokenizer_folder = job_.cfg, job_.source
         start: dict[str, Any] = {"model": job_.identity}
 
-        def make_params(wanted: ModelConfig) -> Params:
-            return job_.params if wanted == cfg else decoder.take_layers(job_.params, rehearsal.TWO)
+        def make_params(cfg: ModelConfig) -> Params:
+            whole = cfg == job_.cfg
+            return job_.params if whole else decoder.take_layers(job_.params, rehearsal.TWO)
 
     else:
         if spec.tokenizer is None:
