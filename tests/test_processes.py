@@ -259,21 +259,29 @@ def test_on_one_process_and_two_and_one_again(place, single):
 
 ALONE = """
 import sys, time
-from e3jax import notice, processes
+import jax
+from e3jax import mesh, processes
 
 processes.HEARTBEAT_S = 5
-number = int(sys.argv[-1])
-processes.start(sys.argv[2], 2, number)
+processes.start(sys.argv[3], 2, int(sys.argv[-1]))
+jax.set_mesh(mesh.make_mesh())
 print("joined", flush=True)
-processes.from_first(lambda: time.sleep(600))
+if sys.argv[1] == "alone":
+    processes.from_first(lambda: time.sleep(600))
+while True:
+    bool(processes.vote(False))
 """
 
 
-@pytest.mark.parametrize("code", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("what", "code"),
+    [("alone", signal.SIGKILL), ("alone", signal.SIGSTOP), ("together", signal.SIGSTOP)],
+)
 @pytest.mark.parametrize("dead", [0, 1])
-def test_a_peer_that_dies_or_is_silent_while_process_0_works_alone(place, dead, code):
-    """As in the check through transformers: the other is on the host, in no collective."""
-    started = start(place, 2, program=("-c", ALONE))
+def test_a_peer_that_dies_or_is_silent(place, dead, what, code):
+    """While process 0 works alone, as in the check through transformers, and the other waits on the
+    host; and in one collective after the other."""
+    started = start(place, 2, what, program=("-c", ALONE))
     for number in (0, 1):
         wait_for(place, started, place / f"log-{number}.txt", 1)
     time.sleep(1)
