@@ -444,6 +444,44 @@ def test_nan_in_the_batch_of_one_process(place, single):
     assert "1 steps were not finite and were left out" in said(place, 1)
 
 
+STRAY = """
+import jax
+import jax.numpy as jnp
+from e3jax import cli, job
+from e3jax.models import decoder
+
+plain, embed, STRANGE = job.step_batches, decoder.embed, 10**6
+
+def nan_if_strange(params, tokens, dtype):
+    return jnp.where(tokens[..., None] == STRANGE, jnp.nan, embed(params, tokens, dtype))
+
+def poisoned(windows, batch, seed):
+    batches = plain(windows, batch, seed)
+
+    def read(step):
+        arrays = batches(step)
+        if step == 2 and jax.process_index() == 1:
+            arrays["tokens"][0] = STRANGE
+        return arrays
+
+    return read
+
+decoder.embed, job.step_batches = nan_if_strange, poisoned
+raise SystemExit(cli.main())
+"""
+
+
+def test_nan_in_the_batch_of_one_process_in_the_search(place):
+    out = place / "stray"
+    arguments = ("search", "--config", str(place / "tiny.yaml"), f"out={out}")
+    started = start(place, 2, *arguments, program=("-c", STRAY))
+    assert finish(place, started) == [0, 0], said(place) + said(place, 1)
+    lines = [line for line in read_metrics(out / "search") if "loss" in line]
+    assert [line["step"] for line in lines if line["skipped"]] == [2] and len(lines) == STEPS
+    assert all(np.isfinite(line["loss"]) for line in lines if line["step"] != 2)
+    assert np.isfinite(read_json(out / "search" / "mask.json")["scores"]).all()
+
+
 def test_processes_with_another_configuration_are_told(place):
     arguments = ("search", "--config", str(place / "tiny.yaml"), f"out={place}/differ")
     started = start(place, 2, *arguments, each=lambda number: f"seed={number}")
