@@ -259,21 +259,29 @@ def test_on_one_process_and_two_and_one_again(place, single):
 
 ALONE = """
 import sys, time
-from e3jax import notice, processes
+import jax
+from e3jax import mesh, processes
 
 processes.HEARTBEAT_S = 5
-number = int(sys.argv[-1])
-processes.start(sys.argv[2], 2, number)
+processes.start(sys.argv[3], 2, int(sys.argv[-1]))
+jax.set_mesh(mesh.make_mesh())
 print("joined", flush=True)
-processes.from_first(lambda: time.sleep(600))
+if sys.argv[1] == "alone":
+    processes.from_first(lambda: time.sleep(600))
+while True:
+    bool(processes.vote(False))
 """
 
 
-@pytest.mark.parametrize("code", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("what", "code"),
+    [("alone", signal.SIGKILL), ("alone", signal.SIGSTOP), ("together", signal.SIGSTOP)],
+)
 @pytest.mark.parametrize("dead", [0, 1])
-def test_a_peer_that_dies_or_is_silent_while_process_0_works_alone(place, dead, code):
-    """As in the check through transformers: the other is on the host, in no collective."""
-    started = start(place, 2, program=("-c", ALONE))
+def test_a_peer_that_dies_or_is_silent(place, dead, what, code):
+    """While process 0 works alone, as in the check through transformers, and the other waits on the
+    host; and in one collective after the other."""
+    started = start(place, 2, what, program=("-c", ALONE))
     for number in (0, 1):
         wait_for(place, started, place / f"log-{number}.txt", 1)
     time.sleep(1)
@@ -434,6 +442,44 @@ def test_nan_in_the_batch_of_one_process(place, single):
     assert all(np.isfinite(line["loss"]) for line in lines if line["step"] != 2)
     assert "1 steps were not finite and were left out" in said(place)
     assert "1 steps were not finite and were left out" in said(place, 1)
+
+
+STRAY = """
+import jax
+import jax.numpy as jnp
+from e3jax import cli, job
+from e3jax.models import decoder
+
+plain, embed, STRANGE = job.step_batches, decoder.embed, 10**6
+
+def nan_if_strange(params, tokens, dtype):
+    return jnp.where(tokens[..., None] == STRANGE, jnp.nan, embed(params, tokens, dtype))
+
+def poisoned(windows, batch, seed):
+    batches = plain(windows, batch, seed)
+
+    def read(step):
+        arrays = batches(step)
+        if step == 2 and jax.process_index() == 1:
+            arrays["tokens"][0] = STRANGE
+        return arrays
+
+    return read
+
+decoder.embed, job.step_batches = nan_if_strange, poisoned
+raise SystemExit(cli.main())
+"""
+
+
+def test_nan_in_the_batch_of_one_process_in_the_search(place):
+    out = place / "stray"
+    arguments = ("search", "--config", str(place / "tiny.yaml"), f"out={out}")
+    started = start(place, 2, *arguments, program=("-c", STRAY))
+    assert finish(place, started) == [0, 0], said(place) + said(place, 1)
+    lines = [line for line in read_metrics(out / "search") if "loss" in line]
+    assert [line["step"] for line in lines if line["skipped"]] == [2] and len(lines) == STEPS
+    assert all(np.isfinite(line["loss"]) for line in lines if line["step"] != 2)
+    assert np.isfinite(read_json(out / "search" / "mask.json")["scores"]).all()
 
 
 def test_processes_with_another_configuration_are_told(place):
