@@ -173,7 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 stack.enter_context(_joined(options))
             from e3jax import notice, pipeline  # after the environment is set: they import jax
 
-            stack.enter_context(notice.listen())
+            if not options.dry_run:  # which touches no device
+                stack.enter_context(notice.listen())
             if planned is None or options.dry_run:
                 pipeline.execute(options.command, run, dry_run=options.dry_run)
             elif not pipeline.plan(run, planned, search_mesh=options.search_mesh):

@@ -332,6 +332,20 @@ def test_dry_run_prints_the_plan_and_touches_nothing(place, capsys, command):
         assert all(word in printed for word in ("parameters", "search", "distillation", "export"))
 
 
+def test_a_dry_run_needs_no_device(place):
+    """Neither one that is there nor one that is not: on a pod's login host, or beside a run."""
+    program = "import jax, sys; from e3jax import cli; code = cli.main(sys.argv[1:])"
+    program += "; assert not jax._src.xla_bridge._backends; sys.exit(code)"
+    arguments = ["run", "--config", str(place / "run.yaml"), "--dry-run"]
+    subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env=os.environ | {"JAX_PLATFORMS": "nowhere"},
+        check=True,
+        stdout=subprocess.DEVNULL,
+        timeout=120,
+    )
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_lists_the_keys(command, capsys):
     with pytest.raises(SystemExit) as left:

@@ -200,6 +200,17 @@ def test_a_restart_makes_no_state(tmp_path, one_device):
     assert len(made) == 2
 
 
+def test_the_best_is_kept_wherever_it_was_measured(tmp_path, one_device):
+    """Not only where an evaluation falls on a checkpoint's step."""
+
+    def score(step, state):
+        return state, {"score": abs(step - 3.0)}
+
+    toy_fit(tmp_path, evaluate=score, evaluate_every=3, checkpoint_every=5, keep=1, best="score")
+    steps = tmp_path / "checkpoints" / "steps"
+    assert sorted(int(p.name) for p in steps.iterdir()) == [3, 12]
+
+
 def test_a_finished_run_is_left_as_it_is(tmp_path, one_device):
     whole = toy_fit(tmp_path)
     before = lines(tmp_path), sorted(tmp_path.rglob("*"))

@@ -164,7 +164,7 @@ class Pass:
 
 
 def _traffic(passes: list[Pass], mesh: Mesh) -> tuple[float, float, float]:
-    """Bytes a device moves: with its memory, in its slice, between slices."""
+    """Bytes a device moves: with its memory, in its replica, between replicas."""
     memory = inside = between = 0.0
     for p in passes:
         cfg, model = p.cfg, mesh.model
@@ -221,7 +221,9 @@ def forward_roofline(
 def _roofline(flops: float, passes: list[Pass], topology: Topology, mesh: Mesh) -> Roofline:
     memory, inside, between = _traffic(passes, mesh)
     chip, each = topology.chip, topology.chip.devices
-    if topology.slices > 1 and mesh.replica % topology.slices:
+    if topology.slices == 1:  # replicas are in it
+        inside, between = inside + between, 0.0
+    elif mesh.replica % topology.slices:
         between, inside = between + inside, 0.0  # the mesh gathers weights over the network
     return Roofline(
         compute=flops / (mesh.devices * chip.flops / each),

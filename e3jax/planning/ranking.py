@@ -73,12 +73,17 @@ def rank(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topolog
 
 
 def _meshes(cfg: ModelConfig, topology: Topology) -> Iterator[cost.Mesh]:
-    """Replicas between slices, where the network is slow; heads that the model axis divides."""
+    """Replicas between slices, where the network is slow, or within the only one; heads that the
+    model axis divides."""
     a_slice = topology.devices // topology.slices
     model = 1
     while model <= min(LARGEST_MODEL, a_slice):
         if a_slice % model == 0 and 0 in (cfg.num_kv_heads % model, cfg.num_groups % model):
             yield cost.Mesh(topology.slices, a_slice // model, model)
+            replica = 2
+            while topology.slices == 1 and a_slice // model % replica == 0:
+                yield cost.Mesh(replica, a_slice // model // replica, model)
+                replica *= 2
         model *= 2
 
 

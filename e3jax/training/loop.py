@@ -52,7 +52,8 @@ def fit(
     evaluate: (step, state) -> (state, values), before the first step, every `evaluate_every` steps
       and after the last.
     folder, inputs: where checkpoints and metrics go, and what decides the result (checkpoint.py).
-    keep, best: checkpoints that stay: the latest `keep`, and the one of least value `best`.
+    keep, best: checkpoints that stay: the latest `keep`, and the one of least value `best`, for
+      which there is one after each evaluation too.
 
     Killed at any moment, the same call goes on from the last checkpoint and ends with the same
     state. A notice to stop (notice.py) saves a checkpoint in all processes and exits with code 143,
@@ -99,7 +100,8 @@ def fit(
             done = step + 1
             late.step = (step, out, notice.vote(done))
             state, figures = measure(done, state)
-            if late.stop or done % checkpoint_every == 0 or done == steps:
+            judged = figures is not None and best is not None  # perhaps the best of all
+            if late.stop or judged or done % checkpoint_every == 0 or done == steps:
                 late.settle()
                 checkpoints.save(done, _Kept.of(state, due=False), figures)
             if late.stop:
