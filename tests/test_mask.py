@@ -8,7 +8,8 @@ from e3jax.mask import Mask, read_mask
 
 
 def test_written_and_read(tmp_path):
-    mask = Mask(4, (0, 3), "e3", (2, 1), (1.0, -2.0, -3.0, 0.5), 0.25, 99, 7, "abc", "def")
+    theta, scores = (1.0, -2.0, -3.0, 0.5), (0.1, 0.2, 0.3, 0.4)
+    mask = Mask(4, (0, 3), "e3", (2, 1), theta, scores, 0.25, 99, 7, "abc", "def")
     files.write_json(tmp_path / "mask.json", mask)
     assert read_mask(tmp_path / "mask.json", 4) == mask
 

@@ -248,8 +248,9 @@ def test_progress_is_plain_lines_of_80_columns(tmp_path, one_device, caplog):
     with caplog.at_level(logging.INFO):
         toy_fit(tmp_path)
     told = [record.getMessage() for record in caplog.records if record.name.startswith("e3jax")]
-    assert re.fullmatch(r"toy 12/12  [\d,]+ tok/s  loss -?\d\.\d{4}  0:00 left", told[-2])
-    assert re.fullmatch(r"toy: \d+\.\d% of the time waited for data", told[-1])
+    assert re.fullmatch(r"toy 12/12  [\d,]+ tok/s  loss -?\d\.\d{4}  0:00 left", told[-3])
+    assert re.fullmatch(r"toy 12: score -?\d\.\d{4}", told[-2])
+    assert re.fullmatch(r"toy: \d+\.\d % of the time waited for data", told[-1])
     assert max(map(len, told)) <= 80
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
 

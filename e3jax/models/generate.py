@@ -119,11 +119,9 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
         (h, cache), _ = jax.lax.scan(body, (h, cache), xs)
         return h, cache
 
-    kinds, _ = decoder.window_kinds(cfg)
-    eos_ids = jnp.asarray(list(eos) or [-1], jnp.int32)
-
     @jax.jit
     def begin(params: Params, tokens: jax.Array, segments: jax.Array) -> Decoding:
+        kinds, _ = decoder.window_kinds(cfg)
         rows, width = tokens.shape
         shape = (cfg.num_layers, rows, width + max_new_tokens, cfg.num_kv_heads, cfg.head_dim)
         cache = tuple(
@@ -154,6 +152,8 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
         return (state.step < max_new_tokens) & ~jnp.all(state.done)
 
     def decode(params: Params, state: Decoding) -> Decoding:
+        kinds, _ = decoder.window_kinds(cfg)
+        eos_ids = jnp.asarray(list(eos) or [-1], jnp.int32)
         width = state.segments.shape[1] - max_new_tokens
         token = jnp.where(state.done, -1, state.token)
         answer = jax.lax.dynamic_update_slice(state.answer, token[:, None], (0, state.step))
