@@ -379,9 +379,8 @@ def test_a_checkpoint_that_one_process_cannot_read(place, what):
     for number in (0, 1):
         assert "step 2 cannot be read by process 1: " in said(place, number)
         # JAX may have a last word, on how it parted.
-        [(newest, last, seconds)] = re.findall(
-            r"^used (\d+) (\d+) (\S+)$", said(place, number), re.M
-        )
+        words = re.findall(r"^read (\d+) (\d+) (\S+)$", said(place, number), re.MULTILINE)
+        [(newest, last, seconds)] = words
         assert (newest, last) == ("1", "3") and float(seconds) < 30
 
 
