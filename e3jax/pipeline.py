@@ -47,7 +47,8 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
         begun = processes.from_first(lambda: [(out / x).exists() for x in ("search", "distill")])
         if not any(begun) and command in ("run", "search", "distill"):
             job.check_batches(run, command)  # now, not after the search
-        planned = _budget(run, command)
+        path = hub.resolve_config(run.model.path, run.model.revision)
+        planned = _budget(run, command, path)
         job_ = job.open_job(run)
         log.info("%s", _describe_model(job_))
         if command in ("run", "evaluate"):
@@ -65,21 +66,19 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
 
 def _plan_text(command: str, run: config.Run) -> str:
     if command == "train":
-        path = _train_config(run)
-        cfg = families.read_config(path)
+        cfg = families.read_config(_train_config(run))
         job.check_window(run, cfg)
         return (
             f"train: {cfg.num_layers} layers, {decoder.count_params(cfg):,} parameters, "
             f"<= {_train_tokens(run):,} tokens"
         )
-    planned = _budget(run, command)
-    family = families.read_config(hub.resolve_config(run.model.path, run.model.revision)).family
+    path = hub.resolve_config(run.model.path, run.model.revision)
+    planned, family = _budget(run, command, path), families.read_config(path).family
     return f"{run.model.path} ({family}) -> {run.out}\n{budget.describe(planned)}"
 
 
-def _budget(run: config.Run, command: str) -> budget.Budget:
-    """What the run will take, from config.json and a given mask alone. Raises UserError."""
-    path = hub.resolve_config(run.model.path, run.model.revision)
+def _budget(run: config.Run, command: str, path: pathlib.Path) -> budget.Budget:
+    """What the run will take, from the config.json `path` and a given mask alone."""
     cfg = families.read_config(path)
     job.check_window(run, cfg)
     return budget.make_budget(_resolved(run, cfg, command), cfg, folders.planned_dtype(path))

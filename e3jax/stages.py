@@ -142,10 +142,8 @@ def _calibration(job_: Job) -> Iterator[decoder.Batch]:
 
 def kl_importance(job_: Job) -> tuple[np.ndarray, int]:
     """KL importance of each layer on the first train windows, and the tokens it cost."""
-    log.info("importance: KL without each of %d layers", job_.cfg.num_layers)
-    run = job_.run
-    make = functools.partial(selectors.leave_one_out_kl, chunk=run.distill.chunk)
-    return _importance(job_, job_.out / "search" / "importance.json", make)
+    measure = functools.partial(selectors.leave_one_out_kl, chunk=job_.run.distill.chunk)
+    return _importance(job_, job_.out / "search" / "importance.json", measure)
 
 
 def block_influence(job_: Job) -> tuple[np.ndarray, int]:
@@ -156,9 +154,12 @@ def block_influence(job_: Job) -> tuple[np.ndarray, int]:
 def _importance(
     job_: Job, path: pathlib.Path, measure: Callable[..., tuple[np.ndarray, int]]
 ) -> tuple[np.ndarray, int]:
-    inputs = job_.inputs(train=job_.train.fingerprint, windows=job_.run.search.init_windows)
+    """`measure` on the calibration windows, kept in the file `path`."""
+    windows = job_.run.search.init_windows
+    inputs = job_.inputs(scores=path.stem, train=job_.train.fingerprint, windows=windows)
 
     def make() -> dict[str, Any]:
+        log.info("%s: scoring each of %d layers", path.stem, job_.cfg.num_layers)
         scores, tokens = measure(job_.params, job_.cfg, _calibration(job_), dtype=job_.dtype)
         return {"scores": scores.tolist(), "tokens": tokens}
 

@@ -13,8 +13,8 @@ log = logging.getLogger(__name__)
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "*.md"]
 HUB_FILES += ["LICENSE*", "NOTICE*"]
 # Mistral's repositories hold the weights a second time under this name; folders hold other formats.
-ID = r"[\w.-]+(/[\w.-]+)?"
 HUB_IGNORED = ["consolidated*", "*/*"]
+ID = r"[\w.-]+(/[\w.-]+)?"  # what may be a hub id
 
 
 def resolve(path: str, revision: str | None = None) -> pathlib.Path:
