@@ -34,19 +34,25 @@ DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What every stage needs. `params` are the dense model's, in the dtype they are stored in."""
+    """What every stage needs."""
 
     run: config.Run
     out: pathlib.Path
     source: pathlib.Path  # the dense checkpoint's folder
     identity: str  # hash of that checkpoint
     cfg: ModelConfig
-    params: Params
+    load: Callable[[], Params]
     tokenizer: Any
 
     @property
     def dtype(self) -> Any:
         return DTYPES[self.run.model.dtype]
+
+    @functools.cached_property
+    def params(self) -> Params:
+        """The dense model's, in the dtype they are stored in; read when first asked for: where all
+        was done before, never."""
+        return self.load()
 
     def inputs(self, **more: Any) -> dict[str, Any]:
         """What decides a stage's result: the model, the seed, the arithmetic, and `more`."""
@@ -96,7 +102,7 @@ def open_mesh(spec: config.Mesh) -> Any:
 
 
 def open_job(run: config.Run) -> Job:
-    """Loads the dense model and checks that its parts belong together. Call under the mesh."""
+    """Checks that the parts of the dense model belong together. Call under the mesh."""
     source = hub.resolve(run.model.path, run.model.revision)
     cfg = families.read_config(source)
     check_window(run, cfg)
@@ -111,7 +117,7 @@ def open_job(run: config.Run) -> Job:
         source=source,
         identity=identity,
         cfg=cfg,
-        params=load.load_params(source, cfg),
+        load=functools.partial(load.load_params, source, cfg),
         tokenizer=tokenizer,
     )
 

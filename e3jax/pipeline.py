@@ -166,16 +166,13 @@ def export(job_: Job) -> None:
 
 def evaluate(job_: Job) -> None:
     """All models of the run in one table."""
-    mask = _mask(job_)
-    student = stages.recover(job_, mask, job_.out / "distill")
-    _evaluate(job_, mask, student)
+    _evaluate(job_, _mask(job_))
 
 
 def run_all(job_: Job) -> None:
-    """search, distill, export, evaluate; then the pictures."""
+    """search, distill, evaluate, export; then the pictures."""
     mask = _mask(job_)
-    student = stages.recover(job_, mask, job_.out / "distill")
-    rows = _evaluate(job_, mask, student)
+    student, rows = _evaluate(job_, mask)
     if job_.run.export.raw:
         raw = decoder.take_layers(job_.params, mask.keep)
         outputs.export(job_, mask, raw, job_.out / "export-raw", recovered=False, rows=rows)
@@ -217,27 +214,37 @@ def _given_mask(run: config.Run, num_layers: int) -> Mask | None:
     return read_mask(pathlib.Path(run.distill.mask).expanduser(), num_layers)
 
 
-def _evaluate(job_: Job, mask: Mask, student: Params) -> list[table.Row]:
-    """Measures dense, raw and recovered models, ours and the baselines', one after the other."""
-    everything = tuple(range(job_.cfg.num_layers))
+def _evaluate(job_: Job, mask: Mask) -> tuple[Params, list[table.Row]]:
+    """Recovers and measures dense, raw and recovered models, ours and the baselines', one after the
+    other; ours, recovered, and all rows.
+
+    What needs no training is measured first: a mistake in the evaluation is told before it. While a
+    baseline is trained ours is on the disk alone.
+    """
+    place, everything = job_.out / "distill", tuple(range(job_.cfg.num_layers))
     rows = [
-        table.measure(job_, "dense", job_.params, everything, tokens=0),
-        table.measure(job_, f"{mask.selector} raw", job_.params, mask.keep, mask.tokens),
-        table.measure_student(job_, f"{mask.selector} recovered", student, mask, "distill"),
+        table.measure(job_, "dense", everything, tokens=0),
+        table.measure(job_, f"{mask.selector} raw", mask.keep, mask.tokens),
     ]
+    student: Params | None = stages.recover(job_, mask, place)
+    rows.append(table.measure_student(job_, f"{mask.selector} recovered", student, mask, "distill"))
     for name in job_.run.evaluate.baselines:
+        student = None
         other = stages.shortgpt_mask(job_, len(mask.keep))
-        rows.append(table.measure(job_, f"{name} raw", job_.params, other.keep, other.tokens))
+        rows.append(table.measure(job_, f"{name} raw", other.keep, other.tokens))
         try:
             theirs = stages.recover(job_, other, job_.out / name)
         except Diverged as error:  # no reason to leave ours without an export
             log.warning("%s: not recovered: %s", name, error)
             continue
         rows.append(table.measure_student(job_, f"{name} recovered", theirs, other, name))
+        del theirs
     if job_.run.evaluate.loss_curve:
         table.removal_curve(job_, mask)
     table.write(job_.out / "evaluate", rows)
-    return rows
+    if student is None:
+        student = stages.recover(job_, mask, place)  # read back
+    return student, rows
 
 
 # ---------------------------------------------------------------- train
@@ -256,8 +263,8 @@ def train(run: config.Run, out: pathlib.Path) -> None:
         start: dict[str, Any] = {"model": job_.identity}
 
         def make_params(cfg: ModelConfig) -> Params:
-            whole = cfg == job_.cfg
-            return job_.params if whole else decoder.take_layers(job_.params, rehearsal.TWO)
+            whole = job_.load()  # kept by nobody else: they are trained in their place
+            return whole if cfg == job_.cfg else decoder.take_layers(whole, rehearsal.TWO)
 
     else:
         if spec.tokenizer is None:

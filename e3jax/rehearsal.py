@@ -90,7 +90,7 @@ def play(job_: Job, command: str, run: config.Run, folder: pathlib.Path) -> None
         run=run,
         out=folder,
         cfg=job_.cfg.take_layers(TWO),
-        params=decoder.take_layers(job_.params, TWO),
+        load=lambda: decoder.take_layers(job_.params, TWO),
     )
     mask = Mask(num_layers=2, keep=(0,), order=(1,))
     if run.distill.mask is None or command == "search":
@@ -99,7 +99,7 @@ def play(job_: Job, command: str, run: config.Run, folder: pathlib.Path) -> None
         return
     student = stages.recover(two, mask, folder / "distill")
     if command in ("run", "evaluate"):
-        table.measure(two, "raw", two.params, mask.keep, 0)
+        table.measure(two, "raw", mask.keep, 0)
         table.measure_student(two, "recovered", student, mask, "distill")
     if command in ("run", "export"):
         outputs.export(two, mask, student, folder / "export", recovered=True, transformers=False)

@@ -57,7 +57,7 @@ def search_mask(job_: Job) -> Mask:
         importance_l, spec.init, spec.init_form, spec.init_scale, seed=run.seed
     )
     figures = make_figures(cfg, cfg, dtype=job_.dtype, chunk=run.distill.chunk)
-    held_out = list(job.ordered(job_.held_out, spec.score_windows, spec.score_windows))
+    held_out = list(job.ordered(job_.held_out, spec.batch, spec.score_windows))
     held_tokens = float(np.count_nonzero(job_.held_out.segments[: spec.score_windows]))
     take_step = search.make_search_step(
         cfg, spec, seed=run.seed, dtype=job_.dtype, remat=run.model.remat, chunk=run.distill.chunk
@@ -232,7 +232,7 @@ def recover(job_: Job, mask: Mask, folder: pathlib.Path) -> Params:
         recipe,
         cfg=job_.cfg.take_layers(mask.keep),
         make_params=lambda: decoder.take_layers(job_.params, mask.keep),
-        teacher=(job_.params, job_.cfg),
+        teacher=(lambda: job_.params, job_.cfg),
         train=job_.train,
         held_out=job_.held_out,
         inputs=job_.inputs(keep=mask.keep),
@@ -249,7 +249,7 @@ def train_student(
     *,
     cfg: ModelConfig,
     make_params: Callable[[], Params],
-    teacher: tuple[Params, ModelConfig] | None,
+    teacher: tuple[Callable[[], Params], ModelConfig] | None,
     train: Windows,
     held_out: Windows,
     inputs: dict[str, Any],
@@ -259,7 +259,8 @@ def train_student(
 ) -> Params:
     """Trains parameters by a recipe and returns them in float32. The teacher, if any, is frozen.
 
-    make_params: those to begin with, in any dtype; on a restart nobody asks for them.
+    make_params: those to begin with, in any dtype; on a restart nobody asks for them. Those of the
+      teacher are asked for at the first step.
     Held-out figures are KL and agreement with the teacher, and perplexity.
     """
     if recipe.batch % (recipe.microbatch or recipe.batch):
@@ -268,7 +269,7 @@ def train_student(
         )
     dtype = job.DTYPES[run.model.dtype]
     optimizer = make_optimizer(recipe.optimizer, recipe.steps)
-    frozen, teacher_cfg = teacher if teacher is not None else (None, None)
+    frozen, teacher_cfg = teacher if teacher is not None else (None, None)  # called: parameters
     take_step = distill.make_train_step(
         cfg, recipe, optimizer, teacher_cfg=teacher_cfg, dtype=dtype, remat=run.model.remat
     )
@@ -278,13 +279,13 @@ def train_student(
         stored = None
         if cache is not None:
             stored = losses.TopK(*(arrays[n] for n in ("ids", "logp", "entropy")))
-        online = frozen if recipe.teacher == "online" else None
+        online = frozen() if frozen and recipe.teacher == "online" else None
         return take_step(state, online, job.to_batch(arrays), stored)
 
     def evaluate(_: int, state: distill.TrainState) -> tuple[distill.TrainState, dict]:
         # The batch size of a forward pass in the step is one that fits.
         batches = job.ordered(held_out, recipe.microbatch or recipe.batch)
-        found = figures(state.params if frozen is None else frozen, state.params, batches)
+        found = figures(frozen() if frozen else state.params, state.params, batches)
         values = {"held_out_perplexity": found.perplexity}
         if frozen is not None:
             values |= {"held_out_kl": found.kl, "held_out_agreement": found.agreement}

@@ -16,35 +16,12 @@ from e3jax import cli, config, configure, mesh
 from e3jax.errors import UserError
 from e3jax.hf import families, folders, hub
 from e3jax.models import attention, decoder, rope
-from e3jax.models.config import ModelConfig
 from e3jax.planning import chips, compile, cost, plan, ranking
+from planning_tiny import MODEL, small_run
 from training_tiny import CFG
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-MODEL = ModelConfig(
-    family="qwen3",
-    num_layers=3,
-    width=256,
-    mlp_width=768,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=32,
-    vocab_size=1024,
-    max_position=4096,
-    norm_eps=1e-6,
-    tied=False,
-    windows=(None,) * 3,
-    qk_norm=True,
-)
-
-
-def small_run(out="x", **distill):
-    fields = {"batch": 16, "chunk": 512, "teacher": "online", **distill}
-    tree = {"out": str(out), "data": {"window": 64}, "search": {"keep": 2}, "distill": fields}
-    return configure.validate(tree, "small")
-
-
 # ---------------------------------------------------------------- chips
 
 
@@ -201,6 +178,44 @@ def test_parts_add_up_and_the_estimate_is_near(teacher):
     assert tree["chip_hours"] == pytest.approx(8 * tree["roofline_hours"] / plan.SHARE)
 
 
+def with_problems(run, **evaluate):
+    """The run with test problems, and so much decoding."""
+    data = dataclasses.replace(run.data, test=(config.Source(path="problems.jsonl"),))
+    return dataclasses.replace(run, data=data, evaluate=config.Evaluate(**evaluate))
+
+
+@pytest.mark.parametrize(("longest", "layers"), [(16, 2), (16384, 3)], ids=["student", "dense"])
+def test_memory_of_decoding(longest, layers):
+    """Keys and values of the longest prompt and answer that there may be, in float32, over eight
+    devices: by the student beside the dense model, or by the dense one where that takes more."""
+    run = with_problems(small_run(), batch=8, max_new_tokens=longest)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, dtype="float32"))
+    found = plan.make_plan(run, MODEL, "float32", chips.parse("h100:8"))
+    columns = 512 + min(longest, MODEL.max_position - 512)
+    memory, two = found.decode_memory, 4 * decoder.count_params(MODEL.take_layers((0, 1)))
+    assert memory.activations == 2 * 4 * layers * 8 * columns * 4 * 32 / 8
+    assert (
+        (two / 8 <= memory.parameters <= two / 8 * 1.01) if layers == 2 else not memory.parameters
+    )
+    assert memory.teacher >= 4 * decoder.count_params(MODEL) / 8
+    assert f"all answers {columns - 512} tokens long" in plan.describe(found)
+    small = dataclasses.replace(memory, capacity=memory.peak)
+    assert not dataclasses.replace(found, decode_memory=small).fits
+    shown = plan.describe(dataclasses.replace(found, decode_memory=small))
+    assert "decoding does not fit" in shown and "a lower evaluate.batch" in shown
+
+
+def test_time_of_decoding():
+    """On one device it is bound by its memory: the weights, and the keys and values seen."""
+    run = with_problems(small_run(), batch=4, max_new_tokens=1000)
+    found = cost.decode_roofline(run, MODEL, chips.parse("h100:1"), cost.Mesh(1, 1, 1))
+    weights = 2 * decoder.count_params(MODEL)
+    seen = 4 * (512 + 500) * 2 * 2 * 3 * 4 * 32
+    stream = 16 * 4 * 256 * 3  # the residual stream is small beside them
+    assert found.bound == "memory"
+    assert found.memory == pytest.approx((weights + seen + stream) / 3.35e12)
+
+
 def test_out_of_memory_is_read():
     message = (
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
@@ -213,50 +228,6 @@ def test_out_of_memory_is_read():
     )
     assert compile.needed(message, arguments=5) == int(137.39 * 2**30) + 5
     assert compile.needed("INTERNAL: something else") is None
-
-
-# ---------------------------------------------------------------- ranking
-
-
-def test_ranking_is_sane():
-    run = small_run(batch=32)
-    some, more = (
-        ranking.rank(run, MODEL, "bfloat16", chips.parse(t)) for t in ("h100:2", "h100:8")
-    )
-    assert [c.seconds for c in more] == sorted(c.seconds for c in more)
-
-    def least(choices):
-        return min(c.memory for c in choices)
-
-    assert least(some) > least(more)  # a smaller mesh needs more of each device
-    by = {(c.model, c.microbatch, c.remat): c for c in more if c.replica == 1}
-    assert {c.model for c in more} == {1, 2, 4}  # eight would divide the four heads of keys
-    assert by[1, 8, "layer"].memory < by[1, 8, "selective"].memory < by[1, 8, "none"].memory
-    assert by[1, 8, "layer"].memory < by[1, 32, "layer"].memory
-    assert by[1, 32, "none"].seconds < by[1, 32, "layer"].seconds
-    overrides = more[0].overrides.split()
-    tree = {key: value for key, _, value in (text.partition("=") for text in overrides)}
-    assert tree["model.remat"] == more[0].remat
-
-
-def test_no_mesh_can_share_the_batch():
-    with pytest.raises(UserError, match=r"distill\.batch=2: no mesh of h100:64"):
-        ranking.rank(small_run(batch=2), MODEL, "bfloat16", chips.parse("h100:64"))
-
-
-def test_slices_are_replicas():
-    found = ranking.rank(small_run(batch=64), MODEL, "bfloat16", chips.parse("2xv5p:2x2x1"))
-    assert {c.replica for c in found} == {2} and {c.data * c.model for c in found} == {4}
-
-
-def test_replicas_within_the_only_slice():
-    """Each holds the whole model: more memory, and no weights to gather. A small model takes it."""
-    found = ranking.rank(small_run(batch=32), MODEL, "bfloat16", chips.parse("v5p:2x2x2"))
-    assert {c.replica * c.data * c.model for c in found} == {8}
-    one = {c.replica: c for c in found if (c.model, c.microbatch, c.remat) == (1, 32, "layer")}
-    assert one.keys() == {1, 2, 4, 8}
-    assert one[1].memory < one[2].memory < one[4].memory < one[8].memory
-    assert found[0].replica > 1
 
 
 # ---------------------------------------------------------------- configurations
@@ -411,3 +382,24 @@ def test_a_real_configuration_compiles_for_a_tpu():
     peak, compiled, fits = json.loads(done.stdout.splitlines()[-1])
     student = 4 * 2_690_748_416  # float32; by hand: 12 layers of 202.4 M, two embeddings, a norm
     assert compiled and fits and 3 * student / 4 < peak < 95 * 2**30
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "tpu7x:2x2x1", "2xv5p:2x2x1"])
+def test_all_steps_compile_for_each_kind_of_tpu(topology, tmp_path):
+    """The bundled model's search, recovery and decoding by the command; two of them are slices."""
+    command = ["plan", "--config", "demo", "--topology", topology, f"out={tmp_path}"]
+    environment = {**os.environ, "XLA_FLAGS": "", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    done = subprocess.run(
+        [sys.executable, "run.py", *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (tree,) = (json.loads(path.read_text()) for path in tmp_path.glob("plan-*.json"))
+    parts = [tree[f"{name}_memory"] for name in ("search", "distill", "decode")]
+    assert all(part["compiled"] and part["fits"] and part["peak"] for part in parts)
+    assert tree["fits"] and not tree["topology"]["text"].startswith(("h", "b"))

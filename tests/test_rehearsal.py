@@ -74,7 +74,7 @@ def test_a_whole_run_is_rehearsed_once(configuration, tmp_path, played, monkeypa
     first = [("search", 2), ("recovery", 1), ("figures", 2), ("figures", 2), ("export", 1)]
     assert played[:5] == first
     assert lengths[:2] == [(4, 2), (4, 2)]  # a whole batch of problems, two tokens of each answer
-    whole = [("search", 4), ("recovery", 3), ("figures", 4), ("figures", 4), ("figures", 4)]
+    whole = [("search", 4), ("figures", 4), ("figures", 4), ("recovery", 3), ("figures", 4)]
     assert played[5:] == [*whole, ("export", 3)]
     assert files.read_json(out / "rehearsal.json")["value"].startswith("passed in")
     assert not (out / ".rehearsal").exists()

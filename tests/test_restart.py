@@ -22,7 +22,8 @@ from training_tiny import CFG, assert_bitwise, dense_params
 ROOT = pathlib.Path(__file__).parent.parent
 TOKENIZER = ROOT / "e3jax" / "demo" / "model"
 DEMO = str(ROOT / "e3jax" / "demo" / "train.jsonl.gz")
-STEPS = 24
+STEPS = 24  # of the search
+RECOVERY = 150  # so many that a signal some steps after one that was seen never comes too late
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def configuration(tmp_path_factory):
 
 
 def write_configuration(folder):
-    """A configuration file: a random model of four layers, 24 steps of search, 24 of recovery."""
+    """A configuration file: a random model of four layers, little search and recovery."""
     cfg = dataclasses.replace(CFG, vocab_size=72, max_position=128)
     export_new(dense_params(cfg), cfg, TOKENIZER, folder / "model", card="", eos=2, pad=0)
     tree = {
@@ -49,7 +50,8 @@ def write_configuration(folder):
             "score_windows": 8, "score_every": 4, "checkpoint_every": 3,
         },
         "distill": {
-            "steps": STEPS, "batch": 8, "microbatch": 4, "evaluate_every": 5, "checkpoint_every": 3,
+            "steps": RECOVERY, "batch": 8, "microbatch": 4,
+            "evaluate_every": 25, "checkpoint_every": 10,
             "optimizer": {"lr": 1.0e-2},
         },
     }  # fmt: skip
@@ -101,7 +103,7 @@ def whole(configuration):
 
 def final_state(out):
     with ocp.training.Checkpointer(out / "distill" / "checkpoints" / "steps") as checkpoints:
-        assert checkpoints.latest.step == STEPS
+        assert checkpoints.latest.step == RECOVERY
         return checkpoints.load()
 
 

@@ -5,7 +5,7 @@ import json
 import logging
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from e3jax import files, job, processes
@@ -13,7 +13,7 @@ from e3jax.evaluate.exact import Answer, solve
 from e3jax.evaluate.figures import make_figures
 from e3jax.job import Job
 from e3jax.models import decoder
-from e3jax.models.decoder import Params
+from e3jax.models.decoder import Batch, Params
 from e3jax.training.metrics import read_metrics
 
 log = logging.getLogger(__name__)
@@ -48,10 +48,14 @@ class Row:
         }
 
 
-def measure(job_: Job, model: str, params: Params, keep: Sequence[int], tokens: int) -> Row:
-    """Figures of layers `keep` of the dense model's parameters; kept on disk, measured once."""
-    sliced = lambda: decoder.take_layers(params, keep)  # noqa: E731
-    return _once(job_, model, keep, sliced, {"keep": list(keep)}, tokens)
+def measure(job_: Job, model: str, keep: Sequence[int], tokens: int) -> Row:
+    """Figures of layers `keep` of the dense model; kept on disk, measured once."""
+
+    def params() -> Params:
+        whole = len(keep) == job_.cfg.num_layers
+        return job_.params if whole else decoder.take_layers(job_.params, keep)
+
+    return _once(job_, model, keep, params, {"keep": list(keep)}, tokens)
 
 
 def measure_student(job_: Job, model: str, student: Params, mask: Any, stage: str) -> Row:
@@ -87,7 +91,7 @@ def _measure(
     """The fields of a Row; every answer goes to a file beside `path`."""
     begun, spec, cfg = time.monotonic(), job_.run.evaluate, job_.cfg.take_layers(keep)
     figures = make_figures(job_.cfg, cfg, dtype=job_.dtype, chunk=job_.run.distill.chunk)
-    found = figures(job_.params, student, job.ordered(job_.measured, spec.batch))
+    found = figures(job_.params, student, _measured(job_))
     answers: list[Answer] = []
     if job_.run.data.test:
         answers = solve(
@@ -117,6 +121,12 @@ def _measure(
     return dataclasses.asdict(row)
 
 
+def _measured(job_: Job) -> Iterator[Batch]:
+    """The windows of the figures; as many at a time as a forward pass of the recovery has."""
+    recipe = job_.run.distill
+    return job.ordered(job_.measured, recipe.microbatch or recipe.batch)
+
+
 def summary(row: Row) -> str:
     """The row's main figures in a line."""
     shown = row.shown()
@@ -132,8 +142,7 @@ def removal_curve(job_: Job, mask: Any) -> list[dict[str, float]]:
         for count in range(len(mask.order) + 1):
             gone = set(mask.order[:count])
             keep = [i for i in range(job_.cfg.num_layers) if i not in gone]
-            batches = job.ordered(job_.measured, job_.run.evaluate.batch)
-            found = figures(job_.params, job_.params, batches, keep)
+            found = figures(job_.params, job_.params, _measured(job_), keep)
             curve.append({"removed": count, "kl": found.kl, "perplexity": found.perplexity})
         return curve
 

@@ -20,10 +20,10 @@ from jax.experimental import topologies
 from e3jax import config, job, mesh
 from e3jax.distill import distill, losses
 from e3jax.errors import UserError
-from e3jax.models import decoder
+from e3jax.models import decoder, generate
 from e3jax.models.config import ModelConfig
 from e3jax.planning.chips import Topology
-from e3jax.planning.cost import activation_bytes, student_config
+from e3jax.planning.cost import activation_bytes, decoded, student_config
 from e3jax.search import search
 from e3jax.training.optim import make_optimizer
 
@@ -38,10 +38,10 @@ TEMPORARIES = re.compile(r"required for HLO temporaries \(([\d.]+)([KMGT]?)i?B?\
 class Memory:
     """Bytes a device while a step runs; the parts add up to `peak`."""
 
-    parameters: int  # that are trained, float32; in the search none is
+    parameters: int  # of the student, float32; in the search there is none
     optimiser: int
     teacher: int  # the dense model as stored; it stays on the device with a cached teacher too
-    activations: int  # what the forward pass keeps for the backward one
+    activations: int  # what the forward pass keeps for the backward one; of decoding, the cache
     temporaries: int  # gradients, logits, gathered weights, work space, inputs
     capacity: int
     compiled: bool  # the compiler finished; if not, what it said it needed
@@ -166,6 +166,38 @@ def train_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: T
             trained=True,
         ),
     )
+
+
+def decode_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topology) -> Memory:
+    """Memory while problems are decoded, evaluate.batch at a time and as long as answers may be,
+    under the mesh that is set: by the dense model alone or, where that takes more, by the student
+    beside it.
+    """
+    dense, student = decoder.abstract_params(cfg, jnp.dtype(source_dtype)), student_config(run, cfg)
+    teacher, wide = local_bytes(dense), decoder.abstract_params(student)
+    states = [_decoding(run, cfg, dense), _decoding(run, student, wide)]
+    caches = [local_bytes(state.cache) for _, state in states]
+    if caches[0] > caches[1] + local_bytes(wide):
+        (step, state), params, parameters, idle = states[0], dense, 0, 0
+    else:
+        (step, state), params, parameters, idle = states[1], wide, local_bytes(wide), teacher
+    return _compile(
+        step.trace(params, state),
+        topology,
+        parameters=parameters,
+        teacher=teacher,
+        idle=idle,
+        activations=local_bytes(state.cache),
+    )
+
+
+def _decoding(run: config.Run, cfg: ModelConfig, params: Any) -> tuple[Any, Any]:
+    """The jitted function that decodes, and its abstract state after the prompts."""
+    prompt, answer = decoded(run, cfg)
+    dtype = job.DTYPES[run.model.dtype]
+    greedy = generate.make_greedy(cfg, dtype=dtype, max_new_tokens=answer, eos=(0,))
+    tokens = decoder.abstract_batch(job.rows_per_batch(run.evaluate.batch), prompt).tokens
+    return greedy.go_on, jax.eval_shape(greedy.begin, params, tokens, tokens)
 
 
 def _compile(

@@ -218,8 +218,30 @@ def forward_roofline(
     return _roofline(flops, [Pass(cfg, tokens, 1, passes)], topology, mesh)
 
 
-def _roofline(flops: float, passes: list[Pass], topology: Topology, mesh: Mesh) -> Roofline:
+def decoded(run: config.Run, cfg: ModelConfig) -> tuple[int, int]:
+    """Tokens of the longest prompt, taken as 512 since no data is read, and of an answer."""
+    prompt = min(512, cfg.max_position // 2)
+    return prompt, min(run.evaluate.max_new_tokens, cfg.max_position - prompt)
+
+
+def decode_roofline(run: config.Run, cfg: ModelConfig, topology: Topology, mesh: Mesh) -> Roofline:
+    """Of one more token for each of evaluate.batch answers of half their greatest length: every
+    weight is read, and gathered over `data`, for it."""
+    rows = -(-run.evaluate.batch // mesh.shards) * mesh.shards
+    prompt, answer = decoded(run, cfg)
+    seen = prompt + answer // 2
+    queries, keys = (n * cfg.head_dim * cfg.num_layers for n in (cfg.num_heads, cfg.num_kv_heads))
+    flops = rows * (2 * count_params(cfg) + 4 * queries * seen)
+    cache = 2 * 2 * keys * seen * rows / mesh.devices  # keys and values, bfloat16
+    return _roofline(flops, [Pass(cfg, rows, 1, 1)], topology, mesh, cache)
+
+
+def _roofline(
+    flops: float, passes: list[Pass], topology: Topology, mesh: Mesh, cache: float = 0.0
+) -> Roofline:
+    """`cache`: bytes that a device reads beside weights and residual stream."""
     memory, inside, between = _traffic(passes, mesh)
+    memory += cache
     chip, each = topology.chip, topology.chip.devices
     if topology.slices == 1:  # replicas are in it
         inside, between = inside + between, 0.0

@@ -40,18 +40,32 @@ class Plan:
     budget: Budget
     search_memory: Memory
     distill_memory: Memory
+    decode_memory: Memory | None  # None = no test problems
     forward_flops: float  # a token of the dense model
     search_flops: float  # a token of a search step, recomputation included
     distill_flops: float
     search_step: Roofline
     distill_step: Roofline
+    decode_step: Roofline  # of the dense model
+    decode_tokens: int  # of the longest answers
+    decode_problems: int  # answered together
     search_tokens: int  # a step
     distill_tokens: int
     stages: tuple[Stage, ...]
 
     @property
     def fits(self) -> bool:
-        return self.search_memory.fits and self.distill_memory.fits
+        return all(memory.fits for memory in self.memory.values())
+
+    @property
+    def memory(self) -> dict[str, Memory]:
+        """By what is done; None left out."""
+        found = {
+            "search": self.search_memory,
+            "distill": self.distill_memory,
+            "decode": self.decode_memory,
+        }
+        return {name: memory for name, memory in found.items() if memory is not None}
 
     @property
     def hours(self) -> float:
@@ -65,7 +79,7 @@ def make_plan(
     topology: Topology,
     measured: tuple[Memory, Memory] | None = None,
 ) -> Plan:
-    """Compiles both steps for the topology, unless their memory is given, and counts.
+    """Compiles both steps for the topology, unless their memory is given, and decoding, and counts.
 
     Raises UserError where the configuration, the topology and the compiler do not go together.
     """
@@ -80,11 +94,11 @@ def make_plan(
         with jax.set_mesh(devices):  # of this thread
             return step(run, cfg, source_dtype, topology)
 
-    if measured is None:
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            search, distill = pool.map(measure, (compile.search_step, compile.train_step))
-    else:
-        search, distill = measured
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        steps = (compile.search_step, compile.train_step) if measured is None else ()
+        found = [pool.submit(measure, step) for step in steps]
+        decode = pool.submit(measure, compile.decode_step) if run.data.test else None
+        search, distill = measured or [future.result() for future in found]
     micro = run.distill.microbatch or run.distill.batch
     return Plan(
         topology=topology,
@@ -94,11 +108,15 @@ def make_plan(
         budget=counted,
         search_memory=search,
         distill_memory=distill,
+        decode_memory=decode and decode.result(),
         forward_flops=cost.body_flops(cfg, run.data.window) + cost.head_flops(cfg),
         search_flops=cost.search_flops(run, cfg),
         distill_flops=cost.train_flops(run, cfg),
         search_step=cost.search_roofline(run, cfg, topology, mesh),
         distill_step=cost.train_roofline(run, cfg, topology, mesh),
+        decode_step=cost.decode_roofline(run, cfg, topology, mesh),
+        decode_tokens=cost.decoded(run, cfg)[1],
+        decode_problems=run.evaluate.batch,
         search_tokens=run.search.batch * run.data.window,
         distill_tokens=run.distill.batch * run.data.window,
         stages=tuple(_stages(run, cfg, topology, mesh, counted)),
@@ -153,7 +171,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "devices": plan.topology.devices,
         "chip": dataclasses.asdict(plan.topology.chip),
     }
-    for name, memory in (("search", plan.search_memory), ("distill", plan.distill_memory)):
+    for name, memory in plan.memory.items():
         tree[f"{name}_memory"] |= {"peak": memory.peak, "fits": memory.fits}
     for shown, stage in zip(tree["stages"], plan.stages, strict=True):
         shown["chip_hours"] = stage.chip_hours(chips)
@@ -177,17 +195,13 @@ def describe(plan: Plan) -> str:
         f" data={mesh.data} model={mesh.model}, {plan.microbatch} windows a forward pass, "
         f"remat {plan.remat}",
         "",
-        f"{'memory, GiB a device':<22}{'search':>9}{'distill':>9}",
+        f"{'memory, GiB a device':<22}" + "".join(f"{name:>9}" for name in plan.memory),
     ]
     parts = ("parameters", "optimiser", "teacher", "activations", "temporaries")
     for part in (*parts, "peak"):
-        both = [getattr(m, part) / 2**30 for m in (plan.search_memory, plan.distill_memory)]
-        lines.append(f"  {part:<20}" + "".join(f"{x:9.1f}" for x in both))
-    verdicts = [
-        _verdict("search", plan.search_memory),
-        _verdict("distillation", plan.distill_memory),
-    ]
-    lines += [f"  {text}" for text in verdicts]
+        each_gib = [getattr(memory, part) / 2**30 for memory in plan.memory.values()]
+        lines.append(f"  {part:<20}" + "".join(f"{x:9.1f}" for x in each_gib))
+    lines += [f"  {_verdict(name, memory)}" for name, memory in plan.memory.items()]
     if not t.is_tpu:
         lines.append("  an estimate: compiled for as many CPU devices, not by the GPU's compiler")
     lines += ["", f"{'a step, at the roofline':<22}{'search':>9}{'distill':>9}"]
@@ -218,8 +232,15 @@ def describe(plan: Plan) -> str:
     lines += [
         f"  hours: at the roofline, and at the {SHARE:.0%} of it that is assumed (not measured), as"
         " chip-hours are",
-        "  not counted: loading, tokenising, held-out figures in recovery, export, decoding",
-        "  going on from a checkpoint holds parameters and optimiser twice while it is read",
+        "  not counted: loading, tokenising, held-out figures in recovery, export",
+    ]
+    if plan.decode_memory is not None:
+        longest = plan.decode_step.seconds * plan.decode_tokens / 3600 / SHARE
+        lines.append(
+            f"  nor decoding: at most {longest:.2f} hours for {plan.decode_problems} problems and "
+            f"one model, all answers {plan.decode_tokens} tokens long"
+        )
+    lines += [
         "",
         budget.describe(plan.budget),
         "",
@@ -228,12 +249,21 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+NAMES = {"search": "search", "distill": "distillation", "decode": "decoding"}
+LESS = {
+    "search": "search.batch",
+    "distill": "distill.microbatch",
+    "decode": "evaluate.batch or evaluate.max_new_tokens",
+}
+
+
 def _verdict(name: str, memory: Memory) -> str:
     room, capacity = memory.peak / 2**30, memory.capacity / 2**30
+    margin = f"margin {compile.MARGIN:.0%}"
     if memory.fits:
-        return f"{name} fits: {room:.1f} of {capacity:.0f} GiB, margin {compile.MARGIN:.0%}"
+        return f"{NAMES[name]} fits: {room:.1f} of {capacity:.0f} GiB, {margin}"
     why = "" if memory.compiled else ", says the compiler"
     return (
-        f"{name} does not fit: needs {room:.1f} of {capacity:.0f} GiB{why} "
-        f"(margin {compile.MARGIN:.0%})"
+        f"{NAMES[name]} does not fit: needs {room:.1f} of {capacity:.0f} GiB{why} ({margin}); "
+        f"a lower {LESS[name]} needs less"
     )

@@ -1,7 +1,8 @@
-"""Which mesh, micro-batch and recomputation: all estimated, the best compiled, three at a time."""
+"""Which mesh, micro-batch and recomputation: all estimated, the best three compiled."""
 
 import concurrent.futures
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -14,7 +15,8 @@ from e3jax.models.config import ModelConfig
 from e3jax.planning import compile, cost
 from e3jax.planning.chips import Topology
 
-COMPILED, ROUNDS = 3, 3  # choices compiled at a time; how often, until one of them fits
+COMPILED = 3  # choices compiled at a time
+SECONDS = 300  # after which no three more are begun, where none of those before fits
 LARGEST_MODEL = 16  # tensor parallelism beyond a few chips sends more than it saves
 REMATS = ("none", "selective", "layer")
 
@@ -158,8 +160,9 @@ def search_mesh(
     topology: Topology,
     say: Callable[[str], None],
 ) -> Choice:
-    """The fastest choice of which both stages' steps fit by the compiler's word; if none of those
-    compiled does, the one that lacks least. `say` is told of each."""
+    """The fastest choice of which both stages' steps fit by the compiler's word. Where none of the
+    best three does, the next three are compiled if that is over in five minutes; if none of those
+    compiled fits, the one that lacks least. `say` is told of each."""
     ranked = rank(run, cfg, source_dtype, topology)
     room = (1 - compile.MARGIN) * topology.memory
     likely = [c for c in ranked if c.memory <= room]
@@ -181,8 +184,12 @@ def search_mesh(
 
     compile.open_mesh(topology, likely[0].apply(run).mesh)  # libtpu cannot be started twice at once
     measured: list[Choice] = []
+    begun = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        while len(measured) < min(len(likely), COMPILED * ROUNDS):
+        while len(measured) < len(likely):
+            rounds = len(measured) // COMPILED
+            if rounds and (time.monotonic() - begun) * (rounds + 1) / rounds > SECONDS:
+                break
             measured += pool.map(measure, likely[len(measured) : len(measured) + COMPILED])
             if fitting := [c for c in measured if all(m.fits for m in c.compiled or ())]:
                 return fitting[0]
