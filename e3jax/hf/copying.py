@@ -29,6 +29,7 @@ from e3jax.hf.families import read_config, read_json
 from e3jax.hf.folders import inside, listed, match, source_dtype, stored_tensors
 from e3jax.hf.safetensors import Stored
 from e3jax.hf.tensors import tensor_table
+from e3jax.progress import over
 
 RANGE = 64 * 2**20  # bytes a call to the kernel; a signal is heeded between two
 SAMPLE = 64 * 2**10  # bytes compared at both ends of every tensor, and once every RANGE between
@@ -136,7 +137,7 @@ def write(plan: Plan, out: pathlib.Path, shard_bytes: int = aside.SHARD_BYTES) -
         _cancelled(behind),
     ):
         done = []  # a shard goes to the disk and is checked while the next is copied
-        for file, tensors in shards.items():
+        for file, tensors in over("shards copied", shards.items(), len(shards)):
             _copy(folder / file, tensors)
             done.append(behind.submit(_check, folder / file, tensors))
         for check in done:

@@ -24,6 +24,7 @@ from e3jax.hf.folders import match, source_dtype
 from e3jax.hf.tensors import Tensor, tensor_table
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Params
+from e3jax.progress import over
 
 Verify = Callable[[pathlib.Path], None]
 
@@ -115,7 +116,7 @@ def _write(
         needed = size * itemsize + 200 * len(table) + sum(map(len, files.values()))
         aside.check_room(out, needed)
     with _aside(out) as folder:
-        for name, tensors in shards.items():
+        for name, tensors in over("shards written", shards.items(), len(shards)):
             pieces = _pieces(params, tensors, file_type)
             if first:
                 layout = [(t.name, code, t.shape, t.size * itemsize) for t in tensors]
@@ -132,7 +133,7 @@ def _write(
 
 
 def _pieces(
-    params: Params, tensors: Sequence[Tensor], dtype: np.dtype
+    params: Params, tensors: Iterable[Tensor], dtype: np.dtype
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """The tensors as stored, in contiguous pieces one after the other; one of them on the host.
 
@@ -174,7 +175,7 @@ def _read_back(
         raise UserError(f"the exported config.json says {read_config(folder)}, the model is {cfg}")
     stored = {t.name: s for t, s in match(folder, cfg)}
     done: dict[str, int] = dict.fromkeys(stored, 0)
-    for t, written in _pieces(params, table, dtype):
+    for t, written in _pieces(params, over("tensors read back", table, len(table)), dtype):
         found = stored[t.name].read(done[t.name], written.nbytes)
         done[t.name] += written.nbytes
         if found != memoryview(written.reshape(-1).view(np.uint8)):

@@ -27,6 +27,7 @@ from e3jax.hf.folders import match, raise_problems, source_dtype
 from e3jax.hf.reading import Box
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
+from e3jax.progress import over
 
 THREADS = min(8, 2 * (os.cpu_count() or 1))  # one waits for the disk while another checks
 AHEAD = 2**28  # bytes of tensors being read behind the one that is put in its place
@@ -79,7 +80,7 @@ def load_params(
     ):
         programs = {leaf: compiling.submit(_compile, *_lower(leaf)) for leaf in stacks}
         try:
-            for number, (tensor, stored) in by_place:
+            for number, (tensor, stored) in over("tensors read", by_place, len(by_place)):
                 leaf, parts = leaves[tensor.leaf], on_host.get(tensor.leaf)
                 if parts is not None and tensor.layer is not None:
                     parts = {box[1:]: part[tensor.layer] for box, part in parts.items()}
