@@ -55,8 +55,9 @@ def make_mesh(
         )
     shape, types = (replica, data, model), (AxisType.Explicit,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    if slices == 1:  # an axis may be a part of one of the torus's: 2 x 8 x 2 of 4x4x2
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(grid, AXES, axis_types=types)
     outer = math.gcd(replica, slices)
     across = (outer, slices // outer, 1)
     if data % across[1]:

@@ -57,6 +57,30 @@ def test_slices_that_no_axis_can_cross():
         mesh.make_mesh(1, 1, 8, devices=[Slices(i) for i in range(8)])
 
 
+class Torus:
+    """A chip of a v5p:4x4x2, at its place."""
+
+    platform, device_kind, slice_index, core_on_chip = "tpu", "TPU v5", 0, 0
+
+    def __init__(self, *coords):
+        self.coords, self.process_index = coords, 0
+        self.id = coords[0] + 4 * (coords[1] + 4 * coords[2])
+
+
+@pytest.mark.parametrize("replica", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("model", [1, 2, 4, 8, 16])
+def test_every_division_of_a_torus(replica, model):
+    """Also where an axis is only a part of one of the torus's."""
+    chips = [Torus(x, y, z) for z, y, x in np.ndindex(2, 4, 4)]
+    if 32 % (replica * model):
+        with pytest.raises(UserError, match="there are 32"):
+            mesh.make_mesh(replica, -1, model, devices=chips)
+        return
+    grid = mesh.make_mesh(replica, -1, model, devices=chips).devices
+    assert grid.shape == (replica, 32 // replica // model, model)
+    assert {chip.id for chip in grid.flat} == set(range(32))
+
+
 def test_rules():
     assert mesh.spec(("embed", "heads", None)) == P("data", "model", None)
     assert mesh.spec(("batch", None)) == P(("replica", "data"), None)
