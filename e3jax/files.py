@@ -83,6 +83,7 @@ def locked(path: pathlib.Path, place: str) -> Iterator[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = _lock(path, place)
         os.pwrite(handle, token.ljust(os.fstat(handle).st_size).encode(), 0)
+        os.fsync(handle)  # NFS shows it to other hosts only then
     except OSError as error:
         raise UserError(f"{place}: cannot be written: {error.strerror}") from error
     try:

@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import pathlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 BATCH_FIELDS = tuple(f.name for f in dataclasses.fields(Batch))
 LOCK = ".lock"  # held by the process that writes in a run folder
+SHARED_S = 10  # for what one host wrote to be seen by another
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
@@ -195,13 +197,22 @@ def claim_folder(run: config.Run) -> Iterator[pathlib.Path]:
 
     with lock:
         token = processes.from_first(claim)
-        seen = (out / LOCK).is_file() and (out / LOCK).read_text().strip() == token
-        if not processes.everywhere(seen):
+        if not processes.everywhere(_sees(out / LOCK, token)):
             raise UserError(
                 f"out={out}: the processes do not see the same folder there; with several hosts it "
                 "must lie on storage that all of them share"
             )
         yield out
+
+
+def _sees(lock: pathlib.Path, token: str) -> bool:
+    """Whether a file has this text, or gets it: a network's file system may show an older state."""
+    end = time.monotonic() + SHARED_S
+    while not (lock.is_file() and lock.read_text().strip() == token):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def record(run: config.Run, out: pathlib.Path) -> None:

@@ -5,7 +5,7 @@ import functools
 import logging
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -159,8 +159,7 @@ def export(job_: Job) -> None:
     mask = _mask(job_)
     student = stages.recover(job_, mask, job_.out / "distill")
     if job_.run.export.raw:
-        raw = decoder.take_layers(job_.params, mask.keep)
-        outputs.export(job_, mask, raw, job_.out / "export-raw", recovered=False)
+        _export_raw(job_, mask)
     outputs.export(job_, mask, student, job_.out / "export", recovered=True)
 
 
@@ -174,8 +173,7 @@ def run_all(job_: Job) -> None:
     mask = _mask(job_)
     student, rows = _evaluate(job_, mask)
     if job_.run.export.raw:
-        raw = decoder.take_layers(job_.params, mask.keep)
-        outputs.export(job_, mask, raw, job_.out / "export-raw", recovered=False, rows=rows)
+        _export_raw(job_, mask, rows)
     outputs.export(job_, mask, student, job_.out / "export", recovered=True, rows=rows)
     _draw(job_, mask)
     print(table.render(rows))
@@ -189,6 +187,11 @@ COMMANDS: dict[str, Callable[[Job], None]] = {
     "export": export,
     "evaluate": evaluate,
 }
+
+
+def _export_raw(job_: Job, mask: Mask, rows: Sequence[table.Row] = ()) -> None:
+    raw = decoder.take_layers(job_.params, mask.keep)
+    outputs.export(job_, mask, raw, job_.out / "export-raw", recovered=False, rows=rows)
 
 
 def _draw(job_: Job, mask: Mask) -> None:

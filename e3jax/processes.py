@@ -27,6 +27,8 @@ LAST_WORDS_S = 5
 JOIN_S = 300  # for the last process to start
 WAIT_MS = 7 * 24 * 3600 * 1000  # for work that one does alone; that it died is known much sooner
 
+LEAVING = "e3jax/leaving/"  # in the key-value store
+
 _calls = itertools.count()
 
 
@@ -152,6 +154,12 @@ def whole(x: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
+def leaving() -> list[int]:
+    """The processes that have begun to leave, by their numbers."""
+    said = client().key_value_dir_get(LEAVING)
+    return sorted(int(name.rsplit("/", 1)[-1]) for name, _ in said)
+
+
 def leave(code: int, patience_s: float = LAST_WORDS_S) -> NoReturn:
     """Ends this process of several at once.
 
@@ -162,10 +170,10 @@ def leave(code: int, patience_s: float = LAST_WORDS_S) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     with contextlib.suppress(Exception):  # the service may be gone, or never have been
-        client().key_value_set(f"e3jax/leaving/{jax.process_index()}", "")
+        client().key_value_set(f"{LEAVING}{jax.process_index()}", "")
         end = time.monotonic() + patience_s
         while is_first() and time.monotonic() < end:
-            if len(client().key_value_dir_get("e3jax/leaving/")) == jax.process_count():
+            if len(leaving()) == jax.process_count():
                 break
             time.sleep(0.05)
     os._exit(code)

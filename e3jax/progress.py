@@ -123,10 +123,11 @@ class Terminal(logging.Handler):
         if getattr(record, "drawn", False):
             return
         text = self.format(record)
-        if _bars is not None:
-            _console.print(text, markup=False)
-        else:
-            print(text, file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal is gone; run.log is not
+            if _bars is not None:
+                _console.print(text, markup=False)
+            else:
+                print(text, file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -225,6 +225,8 @@ def recover(job_: Job, mask: Mask, folder: pathlib.Path) -> Params:
         facts = job_.inputs(
             train=job_.train.fingerprint, temperature=recipe.temperature, teacher=recipe.teacher
         )
+        if cache is not None:  # it is that of the windows in it
+            facts |= {"steps": recipe.steps, "batch": recipe.batch}
         mean_entropy = job.once(job_.out / "distill" / "entropy.json", facts, entropy)
     return train_student(
         folder.name,

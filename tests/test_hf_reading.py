@@ -55,9 +55,11 @@ def test_each_byte_is_read_once(tmp_path, monkeypatch, reads, data, model, small
     assert len(reads) > len(read) if small else len(reads) == len(read)
 
 
-@pytest.mark.parametrize("device", [0, 5])
-def test_a_process_reads_only_the_bytes_of_its_devices(tmp_path, monkeypatch, reads, device):
-    """As if this process had one device of eight: what is read of each tensor is its shard."""
+@pytest.mark.parametrize(("device", "page"), [(0, 1), (5, 1), (5, reading.PAGE)])
+def test_a_process_reads_only_the_bytes_of_its_devices(tmp_path, monkeypatch, reads, device, page):
+    """As if this process had one device of eight: what is read of each tensor is its shard, and
+    with real pages what lies between its bytes, all in one."""
+    monkeypatch.setattr(reading, "PAGE", page)
     folder = save_tiny(tmp_path, "qwen2", torch.bfloat16)
     whole = load_params(folder)
     reads.clear()
@@ -81,7 +83,12 @@ def test_a_process_reads_only_the_bytes_of_its_devices(tmp_path, monkeypatch, re
     for (leaf, _), place in zip(shards, places, strict=True):
         found.append((leaf.shape, flat[leaf.shape].pop(0)[place[mine]].tobytes()))
     assert sorted(found) == expected
-    assert sum(nbytes for *_, nbytes in reads) == sum(part.nbytes for _, part in shards)
+    needed = sum(part.nbytes for _, part in shards)
+    if page == 1:
+        assert sum(nbytes for *_, nbytes in reads) == needed
+    else:
+        assert needed < sum(nbytes for *_, nbytes in reads) <= sum(sizes(folder).values())
+        assert len(reads) <= len(sizes(folder))
     assert sum(part.nbytes for _, part in shards) < sum(sizes(folder).values()) / 3
 
 
@@ -105,6 +112,25 @@ def test_where_the_devices_have_memory_of_their_own(tmp_path, monkeypatch, sprea
     stacked = {x.shape for x in jax.tree.leaves(expected["layers"])}
     assert not stacked & set(asked)
     assert len(asked) < len(stored_tensors(folder)) / 2  # memory is used again
+
+
+@pytest.mark.parametrize(
+    ("shape", "box", "read"),
+    [
+        ((1000, 5120), ((0, 1000), (160, 320)), ((0, 1000), (0, 5120))),  # 320 bytes a row
+        ((1000, 5120), ((0, 1000), (0, 2048)), ((0, 1000), (0, 2048))),  # a page
+        ((1000, 5120), ((7, 9), (0, 5120)), ((7, 9), (0, 5120))),
+        (
+            (64, 8, 128, 80),
+            ((0, 9), (2, 4), (0, 128), (8, 16)),
+            ((0, 9), (2, 4), (0, 128), (0, 80)),
+        ),
+        ((64, 8, 1, 80), ((0, 9), (2, 4), (0, 1), (8, 16)), ((0, 9), (0, 8), (0, 1), (0, 80))),
+        ((5120,), ((0, 160),), ((0, 160),)),
+    ],
+)
+def test_runs_shorter_than_a_page_are_read_with_their_gaps(shape, box, read):
+    assert reading._with_gaps(box, shape, 2) == read
 
 
 def test_merged_boxes():

@@ -199,6 +199,10 @@ def test_memory_of_decoding(longest, layers):
     )
     assert memory.teacher >= 4 * decoder.count_params(MODEL) / 8
     assert f"all answers {columns - 512} tokens long" in plan.describe(found)
+    (stage,) = [stage for stage in found.stages if stage.name.startswith("decoding")]
+    # 500 problems, eight at a time, by the dense model and two cut ones, raw and recovered.
+    hours = 5 * 63 * (columns - 512) * found.decode_step.seconds / 3600
+    assert stage.hours == pytest.approx(hours) and found.hours > hours
     small = dataclasses.replace(memory, capacity=memory.peak)
     assert not dataclasses.replace(found, decode_memory=small).fits
     shown = plan.describe(dataclasses.replace(found, decode_memory=small))

@@ -382,6 +382,51 @@ def test_a_checkpoint_that_one_process_cannot_read(place, what):
         words = re.findall(r"^read (\d+) (\d+) (\S+)$", said(place, number), re.MULTILINE)
         [(newest, last, seconds)] = words
         assert (newest, last) == ("1", "3") and float(seconds) < 30
+    assert (place / f"torn-{what[:5]}" / "torn" / "2").is_dir()  # perhaps it was whole
+
+
+FULL = """
+import pathlib, resource, sys
+import jax, numpy as np
+from e3jax import mesh, processes
+from e3jax.errors import UserError
+from e3jax.training.loop import fit
+
+folder, whose, _, address, _, count, _, number = sys.argv[1:]
+processes.start(address, int(count), int(number))
+if number == whose:  # nothing that it writes becomes larger: as of a full disk or a quota
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+with jax.set_mesh(mesh.make_mesh()):
+    place = mesh.sharding(("embed", None), (2, 200_000))
+    value = np.random.default_rng(0).normal(size=(2, 200_000)).astype(np.float32)
+    state = {"x": jax.make_array_from_callback(value.shape, place, lambda p: value[p])}
+    like = {"x": jax.ShapeDtypeStruct(value.shape, np.float32, sharding=place)}
+    try:
+        fit(
+            "full",
+            jax.jit(lambda state, batch: ({"x": state["x"] + 1}, {"loss": state["x"].sum()})),
+            lambda: state,
+            lambda step: {"tokens": np.zeros((1, 4), np.int32)},
+            like=like, steps=100, folder=pathlib.Path(folder), inputs={}, checkpoint_every=10,
+        )
+    except UserError as error:
+        print(f"error: {error}", flush=True)
+        processes.leave(2)
+"""
+
+
+@pytest.mark.parametrize("whose", ["0", "1"])
+def test_a_save_that_fails_in_one_process(place, whose):
+    """That one says why, and no other waits for it: Orbax's threads would, for ever."""
+    folder = place / f"full-{whose}"
+    begun = time.monotonic()
+    started = start(place, 2, str(folder), whose, program=("-c", FULL))
+    codes = finish(place, started)
+    assert time.monotonic() - begun < 50  # before a heartbeat could tell
+    assert codes[int(whose)] == 2 and codes[1 - int(whose)] != 0, codes
+    assert re.search(
+        r"error: .*a checkpoint could not be saved: .*File too large", said(place, int(whose))
+    )
 
 
 SLURM = """

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import re
 import shutil
 
@@ -299,7 +300,9 @@ def test_a_torn_checkpoint_is_told_and_the_one_before_used(saved, caplog, what, 
     step, state = restore(saved)
     assert step == 2
     assert_bitwise(state, numbers(2))
-    assert len(told(caplog)) == 1 and "step 3 cannot be read: " in told(caplog)[0]
+    unread, aside = told(caplog)
+    assert "step 3 cannot be read: " in unread and "steps [3] are set aside in " in aside
+    assert (saved / "torn" / "3").is_dir()  # it may have been whole, and a disk away
     caplog.clear()
     assert restore(saved)[0] == 2
     assert not told(caplog)
@@ -343,7 +346,7 @@ def test_what_a_killed_save_left_is_ignored(saved):
 
 def test_the_latest_and_the_best_stay(tmp_path, one_device):
     """The least figure, that of the first step, outlives the later ones."""
-    figures = [3.0, 1.0, None, 2.0, 5.0, 4.0]
+    figures = [3.0, 1.0, None, math.nan, 5.0, 4.0]
     with open_checkpoints(tmp_path, {}, keep=2, best="kl") as checkpoints:
         for step, kl in enumerate(figures):
             checkpoints.save(step, numbers(step), None if kl is None else {"kl": kl, "x": -kl})

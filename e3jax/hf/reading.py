@@ -18,6 +18,7 @@ from e3jax.hf.safetensors import DTYPES, Stored
 from e3jax.hf.tensors import Tensor
 
 Box = tuple[tuple[int, int], ...]
+PAGE = 4096  # bytes
 
 _thread = threading.local()
 
@@ -32,13 +33,28 @@ def submit(
 
     What several parts have in common is read once. The results: whether all was finite.
     """
-    row_bytes = math.prod(tensor.split[1:]) * DTYPES[stored.code].itemsize
+    itemsize = DTYPES[stored.code].itemsize
+    row_bytes = math.prod(tensor.split[1:]) * itemsize
     reads = []
-    for (begin, end), *rest in merged(list(parts)):
+    for (begin, end), *rest in merged([_with_gaps(box, tensor.split, itemsize) for box in parts]):
         for cut in blocks.cuts(end - begin, row_bytes):
             box = ((begin + cut.start, begin + cut.stop), *rest)
             reads.append(pool.submit(_fill, stored, tensor.split, box, parts))
     return reads
+
+
+def _with_gaps(box: Box, shape: Sequence[int], itemsize: int) -> Box:
+    """The box, with what lies between its bytes where they lie together in runs shorter than a
+    page: the disk gives whole pages, and a call a run costs more than the copy of what is wanted.
+    """
+    wide = list(box)
+    while True:
+        cut = [axis for axis, (begin, end) in enumerate(wide) if end - begin != shape[axis]]
+        last = max(cut, default=0)
+        run = math.prod(end - begin for begin, end in wide[last:]) * itemsize
+        if last == 0 or run >= PAGE:
+            return tuple(wide)
+        wide[last] = (0, shape[last])
 
 
 def merged(boxes: Sequence[Box]) -> list[Box]:

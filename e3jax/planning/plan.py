@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from e3jax.planning.chips import Topology
 from e3jax.planning.compile import Memory
 from e3jax.planning.cost import Roofline
 
+PROBLEMS = 500  # to decode, where evaluate.rows does not tell: as many as MATH-500 has
 SHARE = 0.5  # of the roofline, that a run is taken to reach: an assumption, to be measured
 
 
@@ -155,6 +157,12 @@ def _stages(
         found.insert(3, stage("teacher cache", counted.distill_tokens, forward(micro, 1), batches))
     for name in run.evaluate.baselines:
         found.append(stage(f"{name} recovery", counted.distill_tokens, distill, recipe.steps))
+    if run.data.test:
+        problems, (_, answer) = run.evaluate.rows or PROBLEMS, cost.decoded(run, cfg)
+        models = 3 + 2 * len(run.evaluate.baselines)  # dense, and raw and recovered ones
+        each = cost.decode_roofline(run, cfg, topology, mesh).seconds / 3600
+        times = models * math.ceil(problems / run.evaluate.batch) * answer
+        found.append(stage("decoding, at most", models * problems * answer, each, times))
     return found
 
 
@@ -232,13 +240,12 @@ def describe(plan: Plan) -> str:
     lines += [
         f"  hours: at the roofline, and at the {SHARE:.0%} of it that is assumed (not measured), as"
         " chip-hours are",
-        "  not counted: loading, tokenising, held-out figures in recovery, export",
+        "  not counted: loading, tokenising, figures on data.held_out and data.measure, export",
     ]
     if plan.decode_memory is not None:
-        longest = plan.decode_step.seconds * plan.decode_tokens / 3600 / SHARE
         lines.append(
-            f"  nor decoding: at most {longest:.2f} hours for {plan.decode_problems} problems and "
-            f"one model, all answers {plan.decode_tokens} tokens long"
+            f"  decoding: {plan.decode_problems} at a time of {PROBLEMS} problems unless "
+            f"evaluate.rows says another number, all answers {plan.decode_tokens} tokens long"
         )
     lines += [
         "",

@@ -2,7 +2,10 @@
 
 import contextlib
 import logging
+import math
 import pathlib
+import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +20,8 @@ log = logging.getLogger(__name__)
 
 INPUTS = "inputs.json"
 STEPS = "steps"  # the folder with one folder a checkpoint
+TORN = "torn"  # the folder of those that could not be read
+LOOK_S = 0.5  # between looks at how a save fares in the other processes
 HOST_BYTES = 8 * 10**9  # enough to keep a disk busy, and a small part of any host's memory
 PATIENCE_S = 7 * 24 * 3600  # for a save; a jump is taken off it at each of several levels
 
@@ -36,8 +41,13 @@ class Checkpoints:
         keep: int = 2,
         best: str | None = None,
     ) -> None:
-        self.folder, self._best = folder, best
+        self.folder, self._best, self._keep = folder, best, keep
         processes.from_first(lambda: claim(folder, inputs))
+        self._failures, self._stuck = _Failures(), False
+        self._orbax = self._open()
+
+    def _open(self) -> ocp.training.Checkpointer:
+        best, keep = self._best, self._keep
         policies = ocp.training.preservation_policies
         stay: list[Any] = [policies.LatestN(keep)]
         if best is not None:
@@ -49,8 +59,8 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        self._orbax = ocp.training.Checkpointer(
-            (folder / STEPS).absolute(),
+        return ocp.training.Checkpointer(
+            (self.folder / STEPS).absolute(),
             preservation_policy=policies.AnyPreservationPolicy(stay),
             cleanup_tmp_directories=True,  # what a killed save left
             context=_context(),
@@ -63,9 +73,11 @@ class Checkpoints:
         figures: those measured of this very state, if any were.
         """
         signed = {"state": state, "checksum": checksum(state)}
-        known = {self._best: figures[self._best]} if figures and self._best in figures else None
+        figure = None if figures is None else figures.get(self._best)
+        # One that is not a number would be the best for Orbax.
+        known = {self._best: figure} if figure is not None and math.isfinite(figure) else None
         with self._saving():
-            self._orbax.wait()
+            self._wait()
             with _context(signed):
                 self._orbax.save_async(step, signed, force=True, overwrite=True, metrics=known)
 
@@ -82,8 +94,8 @@ class Checkpoints:
             if state is None:
                 torn.append(step)
                 continue
-            for newer in torn:  # deleted only now that the fault is known to be theirs
-                self._orbax.delete(newer)
+            if torn:
+                self._set_aside(torn)
             return step, state
         if torn:
             raise UserError(
@@ -91,6 +103,28 @@ class Checkpoints:
                 "see the reasons above, or remove that folder to start it anew"
             )
         return None
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """What could not be read may have been whole (a host that lost the disk): it stays."""
+
+        def move() -> None:
+            try:
+                (self.folder / TORN).mkdir(exist_ok=True)
+                for step in steps:
+                    shutil.rmtree(self.folder / TORN / str(step), ignore_errors=True)
+                    (self.folder / STEPS / str(step)).rename(self.folder / TORN / str(step))
+            except OSError as error:
+                raise UserError(f"{self.folder}: cannot be written: {error}") from error
+
+        self._orbax.close()
+        processes.from_first(move)
+        log.warning(
+            "%s: steps %s are set aside in %s; remove them once they are of no use",
+            self.folder,
+            steps,
+            self.folder / TORN,
+        )
+        self._orbax = self._open()
 
     def _load(self, step: int, abstract_state: Any) -> Any:
         """The state of a checkpoint, or None where one of the processes cannot read its part.
@@ -134,19 +168,72 @@ class Checkpoints:
         """Waits for the last save and raises what it met with."""
         with self._saving():
             try:
-                self._orbax.wait()
+                self._wait()
             finally:
-                self._orbax.close()  # meets the same lost folder again
+                if not self._stuck:
+                    self._orbax.close()  # meets the same lost folder again
+                self._failures.remove()
+
+    def _wait(self) -> None:
+        """Returns when the save before is whole; raises what it met with.
+
+        With several processes Orbax's own wait would not end where one of them fails: that one's
+        threads then wait for the others, and those for its part.
+        """
+        if jax.process_count() == 1:
+            return self._orbax.wait()
+        found: list[BaseException] = []
+
+        def wait() -> None:
+            try:
+                self._orbax.wait()
+            except Exception as error:
+                found.append(error)
+
+        waiting = threading.Thread(target=wait, daemon=True)
+        waiting.start()
+        while waiting.is_alive():
+            waiting.join(LOOK_S)
+            ours, gone = self._failures.first, processes.leaving()
+            self._stuck = waiting.is_alive() and bool(ours or gone)
+            if self._stuck:
+                raise ours or UserError(
+                    f"{self.folder}: process {gone[0]} ended while a checkpoint was saved; its own "
+                    "log says why"
+                )
+        if found:
+            raise found[0]
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
         try:
             yield
+        except UserError:
+            raise
         except Exception as error:  # a full disk or a lost mount comes as any of many types
             raise UserError(
                 f"{self.folder}: a checkpoint could not be saved: {_reason(error)}. The one before "
                 "is whole: once the disk has room and can be written, the same command goes on"
             ) from error
+
+
+class _Failures(logging.Handler):
+    """The first error that Orbax logs from its threads: the only sign of a failed save there is
+    while these wait for other processes."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.first: BaseException | None = None
+        logging.getLogger("absl").addHandler(self)
+
+    def remove(self) -> None:
+        logging.getLogger("absl").removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        background = record.thread != threading.main_thread().ident
+        if error is not None and background and "orbax" in record.pathname:
+            self.first = self.first or error
 
 
 @contextlib.contextmanager
@@ -204,9 +291,11 @@ def _context(arrays: Any = None) -> ocp.Context:
     """Orbax measures its timeouts by the wall clock: one that jumps must not fail a save.
 
     Waiting for directories that are made in the background has one that cannot be set.
-    arrays: what is written or read. A process holds at most HOST_BYTES of it at a time, or the
-    largest array, since Orbax refuses one above its bound. Without a bound, what is written is held
-    twice: compressed too, until the last of it is written; and all that is read at once.
+    arrays: what is written or read. Of what it writes or reads a process has at most HOST_BYTES on
+    its way to or from the disk, or the largest array, since Orbax refuses one above its bound.
+    Without a bound, what is written is held twice: compressed too, until the last of it is written;
+    and all that is read at once. A save from accelerators still begins with a copy of this
+    process's part in host memory: the steps that follow change the arrays.
     """
     context = ocp.Context()
     most = max([HOST_BYTES, *(1 + x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))])
