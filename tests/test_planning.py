@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from e3jax import cli, config, configure, mesh
+from e3jax import cli, config, configure, job, mesh
 from e3jax.errors import UserError
 from e3jax.hf import families, folders, hub
 from e3jax.models import attention, decoder, rope
@@ -264,6 +265,21 @@ def test_configurations_type_check_on_256_devices(path, request):
         lambda x: x.sharding.spec, before
     )
     assert metrics["loss"].shape == ()
+
+
+def test_documented_commands_share_their_batches():
+    """The runs of docs/scaling.md, in their order, on the devices that each of them is for."""
+    text = (ROOT / "docs" / "scaling.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"run\.py run ([^\n'>]*)", text)
+    for command, devices in zip(commands, (8, 32, 32, 64), strict=True):
+        words = command.split()
+        overrides = [word for word in words if "=" in word]
+        run = configure.load_run(ROOT / words[words.index("--config") + 1], overrides)
+        size = run.mesh.replica * run.mesh.model
+        with jax.sharding.use_abstract_mesh(
+            mesh.abstract_mesh(run.mesh.replica, devices // size, run.mesh.model)
+        ):
+            job.check_batches(run, "run")
 
 
 PAPER = {

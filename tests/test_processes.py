@@ -301,8 +301,10 @@ import os, sys
 import jax
 
 from e3jax import mesh, processes
+from e3jax.hf import reading
 from e3jax.hf.load import load_params
 
+reading.PAGE = 1  # all rows of a tiny model are shorter than a page
 preadv, got = os.preadv, []
 
 def counted(*arguments):
