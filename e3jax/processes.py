@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -38,8 +39,8 @@ def start(
     """Joins this process to the others of the run; before anything touches a device.
 
     With no arguments the surroundings tell (TPU pod, Slurm, Open MPI, Kubernetes), else
-    coordinator is host:port of process 0. Raises UserError when they tell nothing, or when not all
-    processes are there within JOIN_S.
+    coordinator is host:port of process 0. Raises UserError when they tell nothing, when not all
+    processes are there within JOIN_S, and when two of them have the same GPU.
     """
     try:
         jax.distributed.initialize(
@@ -56,6 +57,21 @@ def start(
             f"--distributed: the processes could not find each other ({reason}); outside a TPU "
             "pod, Slurm or Kubernetes give --coordinator HOST:PORT --processes N --process I"
         ) from error
+    if jax.default_backend() == "gpu":
+        ours = [d.local_hardware_id for d in jax.local_devices()]
+        _check_shared(
+            gather([socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), ours])
+        )
+
+
+def _check_shared(places: list[tuple[str, str, list[int]]]) -> None:
+    """Raises UserError where two processes of a host have one GPU; NCCL's own word is no help."""
+    for (one, a), (other, b) in itertools.combinations(enumerate(places), 2):
+        if a[:2] == b[:2] and set(a[2]) & set(b[2]):
+            raise UserError(
+                f"--coordinator: processes {one} and {other} on {a[0]} use the same GPUs; start "
+                f"process {one} with CUDA_VISIBLE_DEVICES={one} and so on, or one process for all"
+            )
 
 
 def client() -> Any:

@@ -17,6 +17,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from e3jax import notice, processes
+from e3jax.errors import UserError
 from e3jax.hf.export import export_new
 from e3jax.training.metrics import read_metrics
 from training_tiny import CFG, dense_params
@@ -257,6 +258,39 @@ def test_on_one_process_and_two_and_one_again(place, single):
     same_results(out, single)
 
 
+@pytest.mark.slow
+def test_told_to_stop_in_the_teacher_cache_and_in_the_export(place, single):
+    """Two processes, then one, then two: what is in the cache stays, and the result is one's."""
+    ours, theirs = place / "stopped", place / "undisturbed"
+    given = (f"distill.mask={single}/search/mask.json", *CACHE, "distill.microbatch=2")
+    run(place, 1, "export", f"out={theirs}", *given, devices=2)
+    arguments = ("export", "--config", str(place / "tiny.yaml"), f"out={ours}", *given)
+
+    def stopped(there):
+        started = start(place, 2, *arguments)
+        end = time.monotonic() + 200
+        while not there():
+            assert all(process.poll() is None for process in started), said(place)
+            assert time.monotonic() < end
+            time.sleep(0.002)
+        started[1].send_signal(signal.SIGTERM)
+        assert finish(place, started) == [128 + signal.SIGTERM] * 2, said(place) + said(place, 1)
+
+    stopped((ours / "teacher" / "meta.json").exists)
+    assert not (ours / "distill" / "checkpoints" / "steps").exists()
+    run(place, 1, "distill", f"out={ours}", *given, devices=2)
+    stopped(lambda: list(ours.glob(".export.partial*")))
+    assert not (ours / "export").exists()
+    run(place, 2, *arguments[:1], *arguments[3:])
+    assert not list(ours.glob(".export.partial*"))
+    stats = [read_json(out / "teacher" / "finished.json") for out in (ours, theirs)]
+    assert stats[0]["needed"] == stats[1]["needed"]
+    np.testing.assert_allclose(stats[0]["mean_entropy"], stats[1]["mean_entropy"], rtol=1e-5)
+    read = [load_file(out / "export" / "model.safetensors") for out in (ours, theirs)]
+    for name, array in read[0].items():
+        np.testing.assert_allclose(array, read[1][name], atol=1e-5, err_msg=name)
+
+
 ALONE = """
 import sys, time
 import jax
@@ -429,6 +463,13 @@ def test_a_save_that_fails_in_one_process(place, whose):
     assert re.search(
         r"error: .*a checkpoint could not be saved: .*File too large", said(place, int(whose))
     )
+
+
+def test_processes_that_share_a_gpu_are_told():
+    one_each = [["a", "0", [0]], ["a", "1", [0]], ["b", "0", [0]], ["c", "", [0]], ["c", "", [1]]]
+    processes._check_shared(one_each)
+    with pytest.raises(UserError, match=r"processes 2 and 5 on b use the same GPUs.*DEVICES=2"):
+        processes._check_shared([*one_each, ["b", "0", [0, 1]]])
 
 
 SLURM = """
