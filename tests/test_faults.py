@@ -135,6 +135,7 @@ def test_a_second_run_in_the_same_teacher_cache_is_refused(configuration, tmp_pa
     (tmp_path / "mask.json").write_text(json.dumps(mask))
     cache = tmp_path / "cache"
     overrides = [f"distill.mask={tmp_path}/mask.json", f"distill.cache={cache}", *CACHE.split()]
+    overrides.append("distill.steps=24")  # all windows, and little training
     second = ["distill", "--config", str(configuration), f"out={tmp_path}/second", *overrides]
     second += ["distill.microbatch=8"]  # for the eight devices here
     process = start(configuration, "distill", f"out={tmp_path}/first", *overrides)

@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 TOKENIZER = ROOT / "e3jax" / "demo" / "model"
 DEMO = str(ROOT / "e3jax" / "demo" / "train.jsonl.gz")
 STEPS = 24  # of the search
-RECOVERY = 150  # so many that a signal some steps after one that was seen never comes too late
+RECOVERY = 90  # so many that a signal some steps after one that was seen never comes too late
 
 
 @pytest.fixture(scope="module")
