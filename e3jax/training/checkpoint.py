@@ -78,6 +78,7 @@ class Checkpoints:
         known = {self._best: figure} if figure is not None and math.isfinite(figure) else None
         with self._saving():
             self._wait()
+            self._failures.first = None  # what a damaged checkpoint made it log is none of a save
             with _context(signed):
                 self._orbax.save_async(step, signed, force=True, overwrite=True, metrics=known)
 
@@ -192,10 +193,12 @@ class Checkpoints:
 
         waiting = threading.Thread(target=wait, daemon=True)
         waiting.start()
+        looks = 0  # since another began to leave: it may have done its part, and ours be at its end
         while waiting.is_alive():
             waiting.join(LOOK_S)
             ours, gone = self._failures.first, processes.leaving()
-            self._stuck = waiting.is_alive() and bool(ours or gone)
+            looks += bool(gone)
+            self._stuck = waiting.is_alive() and (ours is not None or looks > 4)
             if self._stuck:
                 raise ours or UserError(
                     f"{self.folder}: process {gone[0]} ended while a checkpoint was saved; its own "
