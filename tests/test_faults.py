@@ -91,6 +91,7 @@ def test_a_disk_that_fills_up_in_every_stage(configuration, small_disk):  # noqa
     assert process.wait(300) == 0, stderr(configuration)
 
 
+@pytest.mark.slow
 def test_a_folder_made_read_only_midway(configuration, tmp_path):  # noqa: F811
     out = tmp_path / "run"
     process = start(configuration, "search", f"out={out}", *SMALL.split())
@@ -129,6 +130,7 @@ def test_a_second_run_in_the_same_folder_is_refused(configuration, tmp_path, cap
         pass  # it was let go of
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_teacher_cache_is_refused(configuration, tmp_path, capsys):  # noqa: F811
     """While the first one writes; one that reads what is finished asks nobody."""
     mask = {"selector": "given", "num_layers": 4, "keep": [0, 2, 3]}

@@ -191,7 +191,9 @@ def test_memory_of_decoding(longest, layers):
     devices: by the student beside the dense model, or by the dense one where that takes more."""
     run = with_problems(small_run(), batch=8, max_new_tokens=longest)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, dtype="float32"))
-    found = plan.make_plan(run, MODEL, "float32", chips.parse("h100:8"))
+    other = compile.Memory(0, 0, 0, 0, 0, capacity=1, compiled=True, seconds=0.0)
+    topology = chips.parse("h100:8")
+    found = plan.make_plan(run, MODEL, "float32", topology, measured=(other, other))
     columns = 512 + min(longest, MODEL.max_position - 512)
     memory, two = found.decode_memory, 4 * decoder.count_params(MODEL.take_layers((0, 1)))
     assert memory.activations == 2 * 4 * layers * 8 * columns * 4 * 32 / 8

@@ -561,6 +561,7 @@ raise SystemExit(cli.main())
 """
 
 
+@pytest.mark.slow
 def test_nan_in_the_batch_of_one_process_in_the_search(place):
     out = place / "stray"
     arguments = ("search", "--config", str(place / "tiny.yaml"), f"out={out}")

@@ -109,6 +109,7 @@ def test_what_fails_in_small_is_not_begun(configuration, tmp_path, played, monke
     assert left <= {"run.json", ".lock", "run.log", "compiled"}
 
 
+@pytest.mark.slow
 def test_plain_training_too(configuration, tmp_path, played):
     steps = "train.recipe={steps: 3, batch: 8}"
     assert command(configuration, "train", f"out={tmp_path}/run", steps) == 0
