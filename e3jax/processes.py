@@ -40,7 +40,7 @@ def start(
 
     With no arguments the surroundings tell (TPU pod, Slurm, Open MPI, Kubernetes), else
     coordinator is host:port of process 0. Raises UserError when they tell nothing, when not all
-    processes are there within JOIN_S, and when two of them have the same GPU.
+    processes are there within JOIN_S, and when two that were given a coordinator have one GPU.
     """
     try:
         jax.distributed.initialize(
@@ -57,7 +57,8 @@ def start(
             f"--distributed: the processes could not find each other ({reason}); outside a TPU "
             "pod, Slurm or Kubernetes give --coordinator HOST:PORT --processes N --process I"
         ) from error
-    if jax.default_backend() == "gpu":
+    # Elsewhere the surroundings give each process its own, as jax does by Slurm's local number.
+    if coordinator is not None and jax.default_backend() == "gpu":
         ours = [d.local_hardware_id for d in jax.local_devices()]
         _check_shared(
             gather([socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), ours])

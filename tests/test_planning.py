@@ -23,6 +23,8 @@ from training_tiny import CFG
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
 # ---------------------------------------------------------------- chips
 
 

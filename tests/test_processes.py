@@ -179,13 +179,22 @@ def touched(place, number, out):
     return {path.parts[0].split(".partial")[0] for path in inside if "steps" not in path.parts}
 
 
-def wait_for(place, started, record, lines):
-    """Returns when a record has so many lines."""
+def wait_until(place, started, there):
+    """Returns when it is `there`, while all processes are at work."""
     end = time.monotonic() + 200
-    while not record.exists() or len(record.read_bytes().splitlines()) < lines:
+    while not there():
         assert all(process.poll() is None for process in started), said(place)
         assert time.monotonic() < end, said(place)
-        time.sleep(0.01)
+        time.sleep(0.002)
+
+
+def wait_for(place, started, record, lines):
+    """Returns when a record has so many lines."""
+
+    def there():
+        return record.exists() and len(record.read_bytes().splitlines()) >= lines
+
+    wait_until(place, started, there)
 
 
 @pytest.mark.slow
@@ -268,11 +277,7 @@ def test_told_to_stop_in_the_teacher_cache_and_in_the_export(place, single):
 
     def stopped(there):
         started = start(place, 2, *arguments)
-        end = time.monotonic() + 200
-        while not there():
-            assert all(process.poll() is None for process in started), said(place)
-            assert time.monotonic() < end
-            time.sleep(0.002)
+        wait_until(place, started, there)
         started[1].send_signal(signal.SIGTERM)
         assert finish(place, started) == [128 + signal.SIGTERM] * 2, said(place) + said(place, 1)
 
