@@ -185,7 +185,7 @@ def wait_until(place, started, there):
     while not there():
         assert all(process.poll() is None for process in started), said(place)
         assert time.monotonic() < end, said(place)
-        time.sleep(0.002)
+        time.sleep(0.01)
 
 
 def wait_for(place, started, record, lines):
