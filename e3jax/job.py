@@ -56,6 +56,10 @@ class Job:
         was done before, never."""
         return self.load()
 
+    def release(self) -> None:
+        """Keeps the dense model's parameters no longer; who asks for them again has them read."""
+        self.__dict__.pop("params", None)
+
     def inputs(self, **more: Any) -> dict[str, Any]:
         """What decides a stage's result: the model, the seed, the arithmetic, and `more`."""
         common = {"model": self.identity, "seed": self.run.seed, "dtype": self.run.model.dtype}
@@ -251,6 +255,13 @@ def step_batches(windows: Windows, batch: int, seed: int) -> Callable[[int], dic
 
 def ordered(windows: Windows, batch: int, limit: int | None = None) -> Iterator[Batch]:
     """The first `limit` windows (or all) in order, as numpy batches; a multiple of the devices."""
+    return map(to_batch, ordered_arrays(windows, batch, limit))
+
+
+def ordered_arrays(
+    windows: Windows, batch: int, limit: int | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """The same with the windows' numbers as `index`."""
     if limit is not None:
         windows = dataclasses.replace(
             windows,
@@ -259,8 +270,7 @@ def ordered(windows: Windows, batch: int, limit: int | None = None) -> Iterator[
             loss=windows.loss[:limit],
         )
     batch = rows_per_batch(min(batch, len(windows)))
-    found = data_batches.ordered_batches(windows, batch, rows=mesh.rows_here(batch))
-    return map(to_batch, found)
+    return data_batches.ordered_batches(windows, batch, rows=mesh.rows_here(batch))
 
 
 def rows_per_batch(batch: int) -> int:

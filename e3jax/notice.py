@@ -27,6 +27,7 @@ T = TypeVar("T")
 CODE = 128 + signal.SIGTERM
 LOOK_S = 1.0  # between looks at what another process was told
 GRACE_S = 10.0  # for a compilation or a read to come to an end; platforms give 30 s in all
+OTHERS_S = 20.0  # for the others to leave before process 0 does: more than the grace of each
 TOLD = "e3jax/told to stop"  # in the key-value store of several processes
 
 _told = threading.Event()
@@ -156,9 +157,10 @@ def _act(ours: socket.socket, closed: threading.Event) -> None:
     if jax.process_count() > 1:
         with contextlib.suppress(Exception):  # it was said before, or the others are gone
             processes.client().key_value_set(TOLD, "")
-    free = 0.0
-    while free < GRACE_S and not closed.wait(LOOK_S):
-        free = 0.0 if _held else free + LOOK_S
+    begun = time.monotonic()
+    while time.monotonic() < begun + GRACE_S and not closed.wait(LOOK_S):
+        if _held:
+            begun = time.monotonic()
         if _lost.is_set() and not _held:
             _lost.clear()
             os.kill(os.getpid(), signal.SIGTERM)
@@ -183,4 +185,4 @@ def leave() -> NoReturn:
     """
     if jax.process_count() > 1:
         time.sleep(2 * LOOK_S)
-    processes.leave(CODE, GRACE_S + 2 * LOOK_S)
+    processes.leave(CODE, OTHERS_S)

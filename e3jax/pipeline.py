@@ -10,7 +10,18 @@ from typing import Any
 
 import jax
 
-from e3jax import __version__, config, files, job, mesh, outputs, processes, rehearsal, stages
+from e3jax import (
+    __version__,
+    config,
+    files,
+    job,
+    mesh,
+    outputs,
+    processes,
+    rehearsal,
+    stages,
+    teaching,
+)
 from e3jax.data import text
 from e3jax.errors import Diverged, UserError
 from e3jax.evaluate import table
@@ -47,6 +58,8 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
         begun = processes.from_first(lambda: [(out / x).exists() for x in ("search", "distill")])
         if not any(begun) and command in ("run", "search", "distill"):
             job.check_batches(run, command)  # now, not after the search
+            if command != "search":
+                teaching.check_free(run, out)
         path = hub.resolve_config(run.model.path, run.model.revision)
         planned = _budget(run, command, path)
         job_ = job.open_job(run)

@@ -11,9 +11,11 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from concurrent.futures import Future
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -29,6 +31,8 @@ JOIN_S = 300  # for the last process to start
 WAIT_MS = 7 * 24 * 3600 * 1000  # for work that one does alone; that it died is known much sooner
 
 LEAVING = "e3jax/leaving/"  # in the key-value store
+
+T = TypeVar("T")
 
 _calls = itertools.count()
 
@@ -90,10 +94,25 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def _attended(wait: Callable[[], T]) -> T:
+    """What `wait()` gives; Python handles signals meanwhile, as it does not in compiled code."""
+    found: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(wait())
+        except Exception as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return found.result()
+
+
 def barrier(name: str) -> None:
     """Returns when every process has come here."""
     if jax.process_count() > 1:
-        client().wait_at_barrier(_next(name), WAIT_MS)
+        key = _next(name)
+        _attended(lambda: client().wait_at_barrier(key, WAIT_MS))
 
 
 def from_first(make: Callable[[], Any]) -> Any:
@@ -111,7 +130,7 @@ def from_first(make: Callable[[], Any]) -> Any:
         except UserError as error:
             said = {"error": str(error)}
         client().key_value_set(key, json.dumps(said))
-    said = json.loads(client().blocking_key_value_get(key, WAIT_MS))
+    said = json.loads(_attended(lambda: client().blocking_key_value_get(key, WAIT_MS)))
     if "error" in said:
         raise UserError(said["error"])
     return said["value"]
@@ -128,7 +147,7 @@ def gather(value: Any) -> list[Any]:
         return [value]
     key = _next("gather")
     client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
-    client().wait_at_barrier(key, WAIT_MS)
+    _attended(lambda: client().wait_at_barrier(key, WAIT_MS))
     said = {name.rsplit("/", 1)[-1]: text for name, text in client().key_value_dir_get(f"{key}/")}
     return [json.loads(said[str(number)]) for number in range(jax.process_count())]
 

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from e3jax import config, files, job, mesh, processes, teaching
-from e3jax.data.teacher import TeacherCache
 from e3jax.data.windows import Windows
-from e3jax.distill import distill, losses
+from e3jax.distill import distill
 from e3jax.errors import UserError
 from e3jax.evaluate.figures import make_figures
 from e3jax.job import Job
@@ -203,14 +202,12 @@ def shortgpt_mask(job_: Job, keep: int) -> Mask:
 def recover(job_: Job, mask: Mask, folder: pathlib.Path) -> Params:
     """Stage 2: the student of a mask, distilled from the dense model; float32 parameters."""
     run, recipe = job_.run, job_.run.distill
-    cache = None
-    if recipe.teacher == "cache":
-        cache = teaching.teacher_cache(job_)
+    stored = teaching.stored_teacher(job_) if recipe.teacher == "cache" else None
 
     def entropy() -> float:
-        if cache is not None:
-            assert cache.stats is not None  # it is finished
-            return cache.stats["mean_entropy"]
+        if stored is not None:
+            assert stored.train.stats is not None  # it is finished
+            return stored.train.stats["mean_entropy"]
         return distill.mean_teacher_entropy(
             job_.params,
             job_.cfg,
@@ -225,22 +222,29 @@ def recover(job_: Job, mask: Mask, folder: pathlib.Path) -> Params:
         facts = job_.inputs(
             train=job_.train.fingerprint, temperature=recipe.temperature, teacher=recipe.teacher
         )
-        if cache is not None:  # it is that of the windows in it
+        if stored is not None:  # it is that of the windows in it
             facts |= {"steps": recipe.steps, "batch": recipe.batch}
         mean_entropy = job.once(job_.out / "distill" / "entropy.json", facts, entropy)
+
+    def survivors() -> Params:
+        params = decoder.take_layers(job_.params, mask.keep)
+        if stored is not None:
+            job_.release()
+        return params
+
     return train_student(
         folder.name,
         run,
         recipe,
         cfg=job_.cfg.take_layers(mask.keep),
-        make_params=lambda: decoder.take_layers(job_.params, mask.keep),
-        teacher=(lambda: job_.params, job_.cfg),
+        make_params=survivors,
+        teacher=(lambda: job_.params, job_.cfg) if stored is None else None,
         train=job_.train,
         held_out=job_.held_out,
         inputs=job_.inputs(keep=mask.keep),
         folder=folder,
         mean_entropy=mean_entropy,
-        cache=cache,
+        stored=stored,
     )
 
 
@@ -257,12 +261,12 @@ def train_student(
     inputs: dict[str, Any],
     folder: pathlib.Path,
     mean_entropy: float = 1.0,
-    cache: TeacherCache | None = None,
+    stored: teaching.Stored | None = None,
 ) -> Params:
     """Trains parameters by a recipe and returns them in float32. The teacher, if any, is frozen.
 
     make_params: those to begin with, in any dtype; on a restart nobody asks for them. Those of the
-      teacher are asked for at the first step.
+      teacher are asked for at the first step. stored: the teacher instead, for `teacher: cache`.
     Held-out figures are KL and agreement with the teacher, and perplexity.
     """
     if recipe.batch % (recipe.microbatch or recipe.batch):
@@ -275,31 +279,39 @@ def train_student(
     take_step = distill.make_train_step(
         cfg, recipe, optimizer, teacher_cfg=teacher_cfg, dtype=dtype, remat=run.model.remat
     )
-    figures = make_figures(teacher_cfg or cfg, cfg, dtype=dtype, chunk=recipe.chunk)
+    taught = frozen is not None or stored is not None
+    figures = make_figures(
+        teacher_cfg or cfg,
+        cfg,
+        dtype=dtype,
+        chunk=recipe.chunk,
+        temperature=1.0 if stored is None else recipe.temperature,
+    )
 
     def step(state: distill.TrainState, arrays: Any) -> tuple[distill.TrainState, dict]:
-        stored = None
-        if cache is not None:
-            stored = losses.TopK(*(arrays[n] for n in ("ids", "logp", "entropy")))
         online = frozen() if frozen and recipe.teacher == "online" else None
-        return take_step(state, online, job.to_batch(arrays), stored)
+        return take_step(state, online, job.to_batch(arrays), arrays.get("stored"))
+
+    def measured() -> Iterator[Any]:
+        # The batch size of a forward pass in the step is one that fits.
+        for arrays in job.ordered_arrays(held_out, recipe.microbatch or recipe.batch):
+            known = stored and stored.rows(stored.held_out, arrays["index"])
+            yield job.to_batch(arrays), known
 
     def evaluate(_: int, state: distill.TrainState) -> tuple[distill.TrainState, dict]:
-        # The batch size of a forward pass in the step is one that fits.
-        batches = job.ordered(held_out, recipe.microbatch or recipe.batch)
-        found = figures(frozen() if frozen else state.params, state.params, batches)
+        found = figures(frozen() if frozen else None, state.params, measured())
         values = {"held_out_perplexity": found.perplexity}
-        if frozen is not None:
+        if taught:
             values |= {"held_out_kl": found.kl, "held_out_agreement": found.agreement}
         return state, values
 
-    batches = job.step_batches(train, recipe.batch, job.data_seed(run, "distill"))
-    if cache is not None:
-        plain_batches = batches
+    plain_batches = job.step_batches(train, recipe.batch, job.data_seed(run, "distill"))
 
-        def batches(step: int, /) -> dict[str, np.ndarray]:
-            arrays = plain_batches(step)
-            return arrays | cache.read(arrays["index"])
+    def batches(step: int, /) -> dict[str, Any]:
+        arrays: dict[str, Any] = plain_batches(step)
+        if stored is not None:
+            arrays["stored"] = stored.rows(stored.train, arrays["index"])
+        return arrays
 
     decides = dataclasses.asdict(recipe)
     # Places, and what another mesh may need to be another: no result but for rounding.
@@ -319,7 +331,7 @@ def train_student(
         evaluate_every=recipe.evaluate_every,
         patience=recipe.patience,
         keep=run.keep_checkpoints,
-        best="held_out_perplexity" if frozen is None else "held_out_kl",
+        best="held_out_kl" if taught else "held_out_perplexity",
     )
     if skipped := int(state.skipped):
         log.warning("%s: %d steps were not finite and were left out", name, skipped)

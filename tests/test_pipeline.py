@@ -4,6 +4,7 @@ import json
 import logging
 import pathlib
 import shutil
+import weakref
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ import transformers
 from matplotlib.image import imread
 
 from e3jax import cli, files, outputs
+from e3jax.distill import distill
 from e3jax.evaluate import exact
 from e3jax.hf import aside
 from e3jax.hf.export import export_new
@@ -264,13 +266,32 @@ def test_an_export_killed_before_its_name_is_made_again(copy, place):
 
 
 def test_distillation_from_a_teacher_cache(copy, place, monkeypatch, caplog):
-    """The student is trained from the stored teacher, written once and used by the baseline too."""
+    """The student is trained from the stored teacher, written once and used by the baseline too;
+    meanwhile the dense model is nowhere."""
+    init_state, dense, left = distill.init_state, [], []
+
+    def begin(*given):
+        state = init_state(*given)
+        del given  # they share the embedding
+        left.append([one() is not None for one in dense])
+        dense.clear()
+        return state
+
+    def take_layers(params, keep):
+        dense.extend(map(weakref.ref, jax.tree.leaves(params)))
+        return decoder_take_layers(params, keep)
+
+    decoder_take_layers = decoder.take_layers
+    monkeypatch.setattr(decoder, "take_layers", take_layers)
+    monkeypatch.setattr(distill, "init_state", begin)
     for name in ("distill", "shortgpt", "export", "evaluate"):
         shutil.rmtree(copy / name)
     again = ["distill.teacher=cache", "distill.top_k=4", f"out={copy}"]
     with caplog.at_level(logging.INFO):
         assert command(place, "evaluate", *again) == 0
-    assert told(caplog).count("teacher cache: ") == 2  # its size beforehand, its mass after
+    assert len(left) == 2 and all(len(one) > 8 and not any(one) for one in left)
+    assert told(caplog).count("teacher cache: ") == 3  # both sizes beforehand, its mass after
+    assert told(caplog).count("teacher cache of data.held_out: ") == 1
     rows = files.read_json(copy / "evaluate" / "results.json")
     assert all(np.isfinite([row["kl"], row["perplexity"]]).all() for row in rows)
     train, _ = steps_and_figures(copy)

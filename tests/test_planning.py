@@ -168,7 +168,8 @@ def test_parts_add_up_and_the_estimate_is_near(teacher):
     assert sum(parts[name] for name in names) == memory.peak
     assert wide / 8 <= memory.parameters <= wide / 8 * 1.01  # norms are whole everywhere
     assert 2 * memory.parameters <= memory.optimiser <= 2 * memory.parameters + 64
-    assert memory.teacher >= 4 * decoder.count_params(MODEL) / 8
+    dense = 4 * decoder.count_params(MODEL) / 8
+    assert memory.teacher == 0 if teacher == "cache" else memory.teacher >= dense
     assert memory.fits and found.fits
     sizes = cost.Mesh(1, 8, 1)
     estimated = ranking.estimate(run, MODEL, "float32", topology, sizes)

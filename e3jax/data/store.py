@@ -103,8 +103,18 @@ class Store:
         if self.spec["driver"] != "file":
             yield
             return
-        with files.locked(pathlib.Path(self.spec["path"]) / LOCK, f"{key}={self.place}"):
+        with files.locked(self._lock, f"{key}={self.place}"):
             yield
+
+    def check_free(self, key: str) -> None:
+        """Raises UserError where another run writes here. A store that is read only is free."""
+        if self.spec["driver"] == "file" and self._lock.exists():
+            with self.locked(key):
+                pass
+
+    @property
+    def _lock(self) -> pathlib.Path:
+        return pathlib.Path(self.spec["path"]) / LOCK
 
     def free_bytes(self) -> int | None:
         """Room on the disk that the folder is or will be on; None where there is no limit."""

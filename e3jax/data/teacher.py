@@ -26,6 +26,7 @@ from e3jax.errors import UserError
 log = logging.getLogger(__name__)
 
 VERSION = 2
+FINISHED = "finished.json"
 ROWS_PER_SHARD = 16
 BLOCK = 64  # rows that one process writes: whole shard files of every array
 ROWS_TOGETHER = 64  # read at a time when the whole cache is verified
@@ -204,7 +205,7 @@ class TeacherCache:
             "loss_tokens": count,
         }
         if processes.is_first():
-            self.store.write_json("finished.json", {"needed": _digest(self.rows)} | stats)
+            self.store.write_json(FINISHED, {"needed": _digest(self.rows)} | stats)
         processes.barrier("teacher cache finished")
         return stats
 
@@ -345,7 +346,7 @@ def _digest(rows: np.ndarray) -> str:
 
 
 def _stats(store: Store, rows: np.ndarray) -> dict[str, float] | None:
-    found = store.read_json("finished.json") or {}
+    found = store.read_json(FINISHED) or {}
     return found if found.pop("needed", None) == _digest(rows) else None
 
 

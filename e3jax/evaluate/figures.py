@@ -22,23 +22,34 @@ class Figures:
     """Averages over the tokens that carry loss."""
 
     perplexity: float
-    kl: float  # KL(dense || model), nats a token
+    kl: float  # KL(dense || model), nats a token; without a teacher KL from the data
     agreement: float  # share of tokens where both models' most likely token is the same
     tokens: int
 
 
 def make_figures(
-    cfg: ModelConfig, student_cfg: ModelConfig, *, dtype: Any, chunk: int
+    cfg: ModelConfig, student_cfg: ModelConfig, *, dtype: Any, chunk: int, temperature: float = 1.0
 ) -> Callable[..., Figures]:
     """(dense params, student params, numpy batches, keep=None) -> Figures.
 
     With `keep` the student is those layers of its parameters, chosen by gates: one compilation
     serves every mask, and equals the sliced model exactly.
+    Instead of the dense parameters each batch may come with the TopK that they gave: the KL is then
+    of its k + 1 outcomes at `temperature`, never above that of the full vocabulary.
     """
 
     @jax.jit
-    def sums(dense: Params, student: Params, batch: Batch, gates_l: jax.Array) -> losses.Sums:
-        h_dense = decoder.hidden(dense, batch, cfg, dtype=dtype, remat="none")
+    def sums(
+        dense: Params | None,
+        student: Params,
+        batch: Batch,
+        stored: losses.TopK | None,
+        gates_l: jax.Array,
+    ) -> losses.Sums:
+        known: losses.Online | losses.TopK | None = stored
+        if dense is not None:
+            h_dense = decoder.hidden(dense, batch, cfg, dtype=dtype, remat="none")
+            known = losses.Online(h_dense, decoder.head(dense, cfg))
         gates = jnp.broadcast_to(gates_l, (batch.tokens.shape[0], gates_l.shape[0]))
         h = decoder.hidden(student, batch, student_cfg, dtype=dtype, remat="none", gates_bl=gates)
         sums = losses.token_sums(
@@ -46,15 +57,15 @@ def make_figures(
             decoder.head(student, student_cfg),
             batch.targets,
             batch.mask,
-            losses.Online(h_dense, decoder.head(dense, cfg)),
-            losses.Objective(chunk=chunk),
+            known,
+            losses.Objective(chunk=chunk, temperature=temperature),
         )
         return jax.tree.map(jnp.sum, sums)
 
     def figures(
-        dense: Params,
+        dense: Params | None,
         student: Params,
-        batches: Iterable[Any],
+        batches: Iterable[Batch | tuple[Batch, losses.TopK | None]],
         keep: Sequence[int] | None = None,
     ) -> Figures:
         gates = np.ones(student_cfg.num_layers, np.float32)
@@ -62,7 +73,8 @@ def make_figures(
             gates[np.setdiff1d(np.arange(len(gates)), keep)] = 0.0
         nll = kl = agree = tokens = 0.0
         for batch in over("batches measured", notice.interruptible(batches)):
-            part = sums(dense, student, mesh.shard_batch(batch), gates)
+            rows_and_stored = batch if isinstance(batch, tuple) else (batch, None)
+            part = sums(dense, student, *mesh.shard_batch(rows_and_stored), gates)
             nll, kl = nll + float(part.nll), kl + float(part.kl)
             agree, tokens = agree + float(part.agree), tokens + float(part.tokens)
         count = max(tokens, 1.0)

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
+from e3jax import processes
 from e3jax.errors import UserError
 from e3jax.hf import aside, blocks, safetensors
 from e3jax.hf.aside import SHARD_BYTES, to_json
@@ -97,7 +97,7 @@ def _write(
     verify: Verify | None,
 ) -> pathlib.Path:
     """Shards, index and `files`; read back; verify; rename. Collective: process 0 writes."""
-    first = jax.process_index() == 0
+    first = processes.is_first()
     file_type = jnp.dtype(dtype)
     if file_type not in safetensors.CODES:
         known = ", ".join(t.name for t in safetensors.CODES)
@@ -125,7 +125,7 @@ def _write(
                 _gather_only(pieces)
         if first:
             aside.write_files(folder, files)
-        _barrier("written")
+        processes.barrier("written")
         _read_back(folder, params, cfg, table, file_type)
         if verify is not None:
             verify(folder)
@@ -141,10 +141,7 @@ def _pieces(
     """
     for t in tensors:
         leaf: Any = functools.reduce(lambda tree, key: tree[key], t.leaf, params)
-        whole = leaf if t.layer is None else _layer(leaf, t.layer)
-        if not whole.is_fully_addressable:
-            whole = multihost_utils.process_allgather(whole, tiled=True)
-        ours = np.asarray(whole)
+        ours = processes.whole(leaf if t.layer is None else _layer(leaf, t.layer))
         for cut in blocks.cuts(len(ours), ours[:1].size * dtype.itemsize):
             with np.errstate(over="ignore"):  # what overflows the dtype is told by its name
                 piece = ours[cut].astype(dtype, copy=False)
@@ -186,15 +183,8 @@ def _read_back(
 @contextlib.contextmanager
 def _aside(out: pathlib.Path) -> Iterator[pathlib.Path]:
     """`aside.aside` by process 0, and its folder for all."""
-    token = int(multihost_utils.broadcast_one_to_all(np.uint32(aside.new_token())))
-    folder = aside.partial(out, token)
-    first = jax.process_index() == 0
-    with aside.aside(out, token) if first else contextlib.nullcontext():
-        yield folder
-        _barrier("verified")
-    _barrier("renamed")
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"export {name}")
+    token = processes.from_first(aside.new_token)
+    with aside.aside(out, token) if processes.is_first() else contextlib.nullcontext():
+        yield aside.partial(out, token)
+        processes.barrier("verified")
+    processes.barrier("renamed")

@@ -17,10 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from e3jax import mesh
+from e3jax import mesh, processes
 from e3jax.hf import reading
 from e3jax.hf.families import read_config
 from e3jax.hf.folders import match, raise_problems, source_dtype
@@ -98,7 +97,7 @@ def load_params(
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     if jax.process_count() > 1:  # each has seen its part alone
-        finite = np.all(multihost_utils.process_allgather(finite), axis=0)
+        finite = np.all(processes.gather(finite.tolist()), axis=0)
     wrong = [tensor.name for (tensor, _), ok in zip(both, finite, strict=True) if not ok]
     raise_problems(folder, {"NaN or infinite weights": wrong})
     arrays |= {leaf: _array(leaves[leaf], parts) for leaf, parts in on_host.items()}

@@ -40,7 +40,7 @@ class Memory:
 
     parameters: int  # of the student, float32; in the search there is none
     optimiser: int
-    teacher: int  # the dense model as stored; it stays on the device with a cached teacher too
+    teacher: int  # the dense model as stored; with a cached teacher it is not there
     activations: int  # what the forward pass keeps for the backward one; of decoding, the cache
     temporaries: int  # gradients, logits, gathered weights, work space, inputs
     capacity: int
@@ -150,7 +150,8 @@ def train_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: T
     recipe, student = run.distill, student_config(run, cfg)
     step, arguments = train_inputs(run, cfg, source_dtype)
     state, online, *_ = arguments
-    teacher = local_bytes(decoder.abstract_params(cfg, jnp.dtype(source_dtype)))
+    dense = local_bytes(decoder.abstract_params(cfg, jnp.dtype(source_dtype)))
+    teacher = 0 if recipe.teacher == "cache" else dense  # without one it measures the student
     return _compile(
         step.trace(*arguments),
         topology,

@@ -126,7 +126,7 @@ def estimate(
     micro = recipe.microbatch or recipe.batch
     gradients = wide * (1 if micro == recipe.batch else 2)
     rows = -(-micro // sizes.shards)
-    distill = 3 * wide + dense + gradients
+    distill = 3 * wide + gradients + (0 if recipe.teacher == "cache" else dense)
     distill += cost.activation_bytes(run, student, rows, sizes.model, trained=True)
     distill += _work_space(run, cfg, topology, rows, sizes.model)
     rows, search = -(-run.search.batch // sizes.shards), dense
