@@ -210,6 +210,8 @@ def describe(plan: Plan) -> str:
         each_gib = [getattr(memory, part) / 2**30 for memory in plan.memory.values()]
         lines.append(f"  {part:<20}" + "".join(f"{x:9.1f}" for x in each_gib))
     lines += [f"  {_verdict(name, memory)}" for name, memory in plan.memory.items()]
+    saved = (plan.distill_memory.parameters + plan.distill_memory.optimiser) / 2**30
+    lines.append(f"  a save copies {saved:.1f} GiB of each device to its host's memory")
     if not t.is_tpu:
         lines.append("  an estimate: compiled for as many CPU devices, not by the GPU's compiler")
     lines += ["", f"{'a step, at the roofline':<22}{'search':>9}{'distill':>9}"]
