@@ -30,9 +30,9 @@ class Model:
     )
     revision: str | None = Field(default=None, description="hub revision")
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="compute dtype")
-    remat: Literal["none", "selective", "layer"] = Field(
+    remat: Literal["none", "elementwise", "selective", "layer"] = Field(
         default="layer",
-        description="what backward recomputes: nothing, mostly the mlp, or each layer",
+        description="what backward recomputes: nothing, no product, mostly the mlp, or each layer",
     )
 
 

@@ -28,7 +28,7 @@ from e3jax.models.decoder import Batch, Params
 
 log = logging.getLogger(__name__)
 
-BATCH_FIELDS = tuple(f.name for f in dataclasses.fields(Batch))
+BATCH_FIELDS = ("tokens", "positions", "segments", "targets", "mask")
 LOCK = ".lock"  # held by the process that writes in a run folder
 SHARED_S = 10  # for what one host wrote to be seen by another
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -234,9 +234,10 @@ def keep_compiled(out: pathlib.Path) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def to_batch(arrays: dict[str, np.ndarray]) -> Batch:
-    """The fields of a gathered batch that a model sees."""
-    return Batch(**{name: arrays[name] for name in BATCH_FIELDS})
+def to_batch(arrays: Mapping[str, np.ndarray | jax.Array], windows: Windows) -> Batch:
+    """The fields of a batch gathered from `windows` that a model sees."""
+    fields = {name: arrays[name] for name in BATCH_FIELDS}
+    return Batch(**fields, documents=windows.documents)
 
 
 def step_batches(windows: Windows, batch: int, seed: int) -> Callable[[int], dict[str, np.ndarray]]:
@@ -255,7 +256,7 @@ def step_batches(windows: Windows, batch: int, seed: int) -> Callable[[int], dic
 
 def ordered(windows: Windows, batch: int, limit: int | None = None) -> Iterator[Batch]:
     """The first `limit` windows (or all) in order, as numpy batches; a multiple of the devices."""
-    return map(to_batch, ordered_arrays(windows, batch, limit))
+    return (to_batch(arrays, windows) for arrays in ordered_arrays(windows, batch, limit))
 
 
 def ordered_arrays(

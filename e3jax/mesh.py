@@ -153,17 +153,44 @@ def out(axes: Sequence[str | None], shape: Sequence[int] | None = None) -> P | N
     return None if current() is None else spec(axes, shape)
 
 
-def gather(weight: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """A weight whole over the batch axes, inside jit; other axes as the rules place them.
+def rows_for_width(x_btd: jax.Array) -> jax.Array:
+    """[B, T, D] of a replica's rows and a device's part of the width, or the whole of it -> of the
+    device's own rows, whole; inside jit. XLA would make all of it whole on every device first."""
+    here, there = jax.typeof(x_btd).sharding.spec, spec(("batch", None, None))
+    if here[2] is None:
+        return jax.sharding.reshard(x_btd, there)
+    return jax.shard_map(
+        lambda x: jax.lax.all_to_all(x, here[2], split_axis=0, concat_axis=2, tiled=True),
+        in_specs=here,
+        out_specs=there,
+    )(x_btd)
 
-    For one that many operations use: it is gathered once, and its gradient adds up on each device
-    (`reduced`: JAX's mark for a value whose gradient is not summed yet) and is reduced and
-    scattered once, where each operation would do both.
-    """
+
+def gather(weight: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """A weight whole over the batch axes, inside jit; other axes as the rules place them. For one
+    that many operations use: it is gathered once."""
     if current() is None:
         return weight
-    whole = spec([None if a == "embed" else a for a in axes], weight.shape)
-    return jax.sharding.reshard(weight, whole.update(reduced=frozenset(BATCH)))
+    return jax.sharding.reshard(weight, _whole(axes, weight.shape))
+
+
+def unreduced(axes: Sequence[str | None], shape: Sequence[int]) -> P | None:
+    """`out_sharding` of the gradient of a weight that `gather` gave: each device has that of its
+    own rows. So parts of it add up on each device, and are reduced once, by `scatter`."""
+    if current() is None:
+        return None
+    return _whole(axes, shape).update(unreduced=frozenset(BATCH))
+
+
+def scatter(gradient: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """An `unreduced` gradient reduced, and sharded as its weight is."""
+    if current() is None:
+        return gradient
+    return jax.sharding.reshard(gradient, spec(axes, gradient.shape))
+
+
+def _whole(axes: Sequence[str | None], shape: Sequence[int]) -> P:
+    return spec([None if a == "embed" else a for a in axes], shape)
 
 
 def part_of_stack(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -63,7 +63,7 @@ def search_mask(job_: Job) -> Mask:
     )
 
     def step(state: search.SearchState, arrays: Any) -> tuple[search.SearchState, dict]:
-        return take_step(state, job_.params, job.to_batch(arrays))
+        return take_step(state, job_.params, job.to_batch(arrays, job_.train))
 
     def score(number: int, state: search.SearchState) -> tuple[search.SearchState, dict]:
         theta = np.asarray(state.theta)
@@ -290,13 +290,13 @@ def train_student(
 
     def step(state: distill.TrainState, arrays: Any) -> tuple[distill.TrainState, dict]:
         online = frozen() if frozen and recipe.teacher == "online" else None
-        return take_step(state, online, job.to_batch(arrays), arrays.get("stored"))
+        return take_step(state, online, job.to_batch(arrays, train), arrays.get("stored"))
 
     def measured() -> Iterator[Any]:
         # The batch size of a forward pass in the step is one that fits.
         for arrays in job.ordered_arrays(held_out, recipe.microbatch or recipe.batch):
             known = stored and stored.rows(stored.held_out, arrays["index"])
-            yield job.to_batch(arrays), known
+            yield job.to_batch(arrays, held_out), known
 
     def evaluate(_: int, state: distill.TrainState) -> tuple[distill.TrainState, dict]:
         found = figures(frozen() if frozen else None, state.params, measured())

@@ -124,7 +124,7 @@ def _fill(job_: Job, name: str, windows: Windows, cache: TeacherCache) -> None:
     here, owner = mesh.rows_here(rows), mesh.row_owners(rows)
     turns = deal(todo, owner)
     for index in over(name, turns, len(turns)):
-        batch = job.to_batch(batches.gather(windows, index[here]))
+        batch = job.to_batch(batches.gather(windows, index[here]), windows)
         found = map(mesh.local_rows, topk(job_.params, mesh.shard_batch(batch)))
         mine = np.where(owner[here] == jax.process_index(), index[here], -1)
         cache.write(mine, *found)

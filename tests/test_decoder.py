@@ -207,8 +207,8 @@ def pod_loss(params, gates, batch, cfg):
     h = decoder.hidden(params, batch, cfg, dtype=jnp.bfloat16, gates_bl=gates)
     head = decoder.head(params, cfg)
     online = losses.Online(jax.lax.stop_gradient(teacher), jax.lax.stop_gradient(head))
-    sums = losses.token_sums(h, head, batch.targets, batch.mask, online, losses.Objective())
-    return jnp.sum(sums.loss) / jnp.sum(sums.tokens)
+    loss, sums = losses.token_sums(h, head, batch.targets, batch.mask, online, losses.Objective())
+    return loss / jnp.sum(sums.tokens)
 
 
 SMALL = dataclasses.replace(EVERYTHING, width=32, mlp_width=48)
@@ -218,10 +218,10 @@ SMALL = dataclasses.replace(EVERYTHING, width=32, mlp_width=48)
 def small_step(params, batch, remat="none"):
     def loss(params):
         h = decoder.hidden(params, batch, SMALL, dtype=jnp.float32, remat=remat)
-        sums = losses.token_sums(
+        loss, sums = losses.token_sums(
             h, decoder.head(params, SMALL), batch.targets, batch.mask, None, losses.Objective()
         )
-        return jnp.sum(sums.loss) / jnp.sum(sums.tokens)
+        return loss / jnp.sum(sums.tokens)
 
     return jax.value_and_grad(loss)(params)
 

@@ -55,8 +55,7 @@ def chunked(h, head, x, teacher, o):
     """(Sums, d loss / d h, d loss / d head)."""
 
     def loss(h, head):
-        sums = losses.token_sums(h, head, x["targets"], x["mask"], teacher, o, MEAN)
-        return jnp.sum(sums.loss), sums
+        return losses.token_sums(h, head, x["targets"], x["mask"], teacher, o, MEAN)
 
     (_, sums), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(h, head)
     return sums, *grads
@@ -292,7 +291,7 @@ def test_nothing_of_size_tokens_by_vocabulary_is_held(k):
 
 
 def test_gradient_of_the_head_does_not_drift_over_chunks():
-    """512 chunks in bfloat16: the head's gradient adds up in float32."""
+    """512 chunks in bfloat16: the head's gradient adds up in float32, whatever the head is."""
     time = 512
     x = problem(b=1, t=time)
     x["mask"] = np.ones_like(x["mask"])
@@ -306,7 +305,7 @@ def test_gradient_of_the_head_does_not_drift_over_chunks():
         return jnp.linalg.norm(found.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
 
     assert error(full["head"]) < 5e-3
-    assert error(half["head"]) > 1e-2  # what a head given in bfloat16 would do
+    assert error(half["head"]) < 6e-3  # its sum rounded once
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 2), (2, 4, 1)])

@@ -18,7 +18,7 @@ CFG = ModelConfig(
     qk_norm=True,
 )  # fmt: skip
 ROWS, T = 4, 32
-CHOICES = ("none", "selective", "layer")  # in order of memory, the most first
+CHOICES = ("none", "elementwise", "selective", "layer")  # in order of memory, the most first
 
 
 def count_dots(jaxpr) -> int:
@@ -67,19 +67,20 @@ def test_same_result_for_less_memory_and_more_work(stage):
         np.testing.assert_allclose(loss, results[0][0], rtol=1e-5, err_msg=name)
         for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(results[0][1]), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max(), err_msg=name)
-    assert memory[0] > memory[1] > memory[2], memory
-    assert flops[0] < flops[1] < flops[2], flops
+    assert memory[0] > memory[1] > memory[2] > memory[3], memory
+    assert flops[0] < flops[1] < flops[2] < flops[3], flops
 
 
 @pytest.mark.parametrize("stage", ["student", "search"])
-def test_selective_recomputes_the_mlp_and_the_scores(stage):
-    """Gate and up, and (of dense attention) q k: nothing else. Layer by layer the rest as well, the
-    down projection too where a gate asks for what comes out of it."""
+def test_which_products_are_computed_again(stage):
+    """Of dense attention q k; `selective` gate and up too and nothing else; layer by layer the rest
+    as well, the down projection too where a gate asks for what comes out of it."""
     tokens = ROWS * T * CFG.num_layers
     heads, kv = CFG.num_heads * CFG.head_dim, CFG.num_kv_heads * CFG.head_dim
     mlp, scores = 2 * 2 * CFG.width * CFG.mlp_width, 2 * heads * T
     rest = 2 * CFG.width * (heads + 2 * kv) + 2 * heads * CFG.width + 2 * heads * T
     rest += 2 * CFG.width * CFG.mlp_width * (stage == "search")
-    none, selective, layer = (outcome(stage, remat)[2] for remat in CHOICES)
-    assert selective - none == tokens * (mlp + scores)
+    none, elementwise, selective, layer = (outcome(stage, remat)[2] for remat in CHOICES)
+    assert elementwise - none == tokens * scores
+    assert selective - elementwise == tokens * mlp
     assert layer - selective == tokens * rest

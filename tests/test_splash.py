@@ -54,7 +54,7 @@ def test_kernel_is_dense_attention(time, kv_heads, groups, width, window, block,
         return y, *pull(g)
 
     wanted = outcome(attention.by_mask)
-    for name, a, b in zip(("y", "dq", "dk", "dv"), outcome(attention.by_kernel), wanted):
+    for name, a, b in zip(("y", "dq", "dk", "dv"), outcome(attention.by_splash), wanted):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5, err_msg=name)
 
 
@@ -116,7 +116,7 @@ def test_model_with_the_kernel_on_a_mesh(monkeypatch):
     gates = np.array([[1, 1, 1], [1, 0, 1], [0, 1, 1], [1, 1, 0]], np.float32)
 
     def outcome(make, remat):
-        monkeypatch.setattr(decoder, "make_attention", lambda s, windows, _: make(s, windows))
+        monkeypatch.setattr(decoder, "make_attention", lambda s, windows, *_: make(s, windows))
 
         def loss(params, gates, batch):
             norms = lambda before, after: jnp.sum(after**2, axis=(1, 2))
@@ -135,7 +135,7 @@ def test_model_with_the_kernel_on_a_mesh(monkeypatch):
             return step(params, rows_gates, batch)
 
     wanted = outcome(attention.by_mask, "none")
-    found = outcome(attention.by_kernel, "selective")
+    found = outcome(attention.by_splash, "selective")
     for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(wanted)):
         scale, name = np.abs(b).max(), jax.tree_util.keystr(path)
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale, err_msg=name)

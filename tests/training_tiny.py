@@ -56,7 +56,7 @@ def random_batch(step: int, rows: int = 8) -> decoder.Batch:
         meta={},
         fingerprint="",
     )
-    return to_batch(gather(windows, np.arange(rows)))
+    return to_batch(gather(windows, np.arange(rows)), windows)
 
 
 def dense_params(cfg: ModelConfig = CFG) -> decoder.Params:

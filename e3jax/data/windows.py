@@ -4,6 +4,7 @@ import bisect
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -48,6 +49,11 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @functools.cached_property
+    def documents(self) -> int:
+        """How many a window has at most."""
+        return int(self.segments.max(initial=1))
 
 
 def cut(

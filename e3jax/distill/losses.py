@@ -6,7 +6,6 @@ batch, in float32; callers add rows, micro-batches and hosts, and divide once.
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.struct
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 
 from e3jax import config, mesh
 from e3jax.errors import UserError
+from e3jax.models.attention import precision
 from e3jax.models.decoder import unembed
 
 
@@ -91,51 +91,120 @@ def token_sums(
     teacher: Online | TopK | None,
     objective: Objective,
     mean_entropy: jax.Array | float = 1.0,
-) -> Sums:
-    """Sums of the objective for each row.
+    *,
+    frozen_head: bool = False,
+) -> tuple[jax.Array, Sums]:
+    """The objective added up over all tokens, a float32 scalar and the one result that has a
+    gradient; and the sums of each row.
 
-    h: student's final hidden states [B, T, D]; head: [V, D], float32 if it is to be trained (its
-    gradient accumulates over chunks in its own dtype); targets int32, mask bool [B, T].
+    h: student's final hidden states [B, T, D]; head: [V, D] as it is stored, whole or sharded;
+    targets int32, mask bool [B, T]. The gradient is that of h, and of the head unless frozen_head;
+    it adds up over chunks in float32.
     teacher None: next-token cross-entropy alone, which is KL from the targets. mean_entropy: H of
     the weights, nats.
     Raises UserError when the objective cannot be computed from the teacher's stored top-k.
     """
     _check(objective, teacher)
-    per_token = (h, targets, mask)
-    frozen_head = None
+    given = _Given(targets, mask, teacher, jnp.float32(mean_entropy))
+
+    @jax.custom_vjp
+    def sums(h: jax.Array, head: jax.Array, given: _Given) -> tuple[jax.Array, Sums]:
+        found, _ = _scan(h, head, given, objective, None)
+        return jnp.sum(found.loss), found
+
+    def forward(h: jax.Array, head: jax.Array, given: _Given) -> tuple[Any, Any]:
+        found, grads = _scan(h, head, given, objective, "h" if frozen_head else "both")
+        return (jnp.sum(found.loss), found), grads
+
+    def backward(grads: Any, cotangents: Any) -> tuple:
+        d_h, d_head = grads
+        d_head = None if d_head is None else (cotangents[0] * d_head).astype(head.dtype)
+        return (cotangents[0] * d_h).astype(h.dtype), d_head, None
+
+    sums.defvjp(forward, backward)
+    return sums(h, head, given)
+
+
+@flax.struct.dataclass
+class _Given:
+    """What has no gradient."""
+
+    targets: jax.Array
+    mask: jax.Array
+    teacher: Online | TopK | None
+    mean_entropy: jax.Array
+
+
+def _scan(
+    h: jax.Array,
+    head: jax.Array,
+    given: _Given,
+    objective: Objective,
+    wanted: Literal["h", "both"] | None,
+) -> tuple[Sums, tuple[jax.Array | None, jax.Array | None]]:
+    """Sums of each row, and what is `wanted` of the gradients of their loss, chunk by chunk.
+
+    A chunk's gradients are taken while its logits are there: backward would make them once more,
+    the teacher's too.
+    """
+    teacher, axes = given.teacher, ("vocab", "embed")
+    per_token: tuple[jax.Array, ...] = (h, given.targets, given.mask)
+    head_q, head_p = mesh.gather(head, axes), None
     if isinstance(teacher, Online):
-        per_token, frozen_head = (*per_token, teacher.h), teacher.head
+        per_token, head_p = (*per_token, teacher.h), mesh.gather(teacher.head, axes)
     elif teacher is not None:
         per_token = (*per_token, teacher.ids, teacher.logp, teacher.entropy)
 
-    def chunk_sums(h: jax.Array, targets: jax.Array, mask: jax.Array, *rest: jax.Array) -> Sums:
-        logits_q = unembed(h, head)
+    def row_sums(logits_q: jax.Array, targets: jax.Array, mask: jax.Array, *rest: jax.Array) -> Any:
         if isinstance(teacher, Online):
-            logits_p = jax.lax.stop_gradient(unembed(rest[0], frozen_head))
-            terms = _online_terms(logits_p, logits_q, targets, objective, mean_entropy)
+            terms = _online_terms(
+                unembed(rest[0], head_p), logits_q, targets, objective, given.mean_entropy
+            )
         elif teacher is not None:
-            terms = _stored_terms(TopK(*rest), logits_q, targets, objective, mean_entropy)
+            terms = _stored_terms(TopK(*rest), logits_q, targets, objective, given.mean_entropy)
         else:
             terms = _plain_terms(logits_q, targets)
-        return jax.tree.map(lambda x: jnp.sum(jnp.where(mask, x, 0.0), axis=1), terms)
+        rows = jax.tree.map(lambda x: jnp.sum(jnp.where(mask, x, 0.0), axis=1), terms)
+        return jnp.sum(rows.loss), rows
 
-    return sum_over_chunks(chunk_sums, per_token, objective.chunk)
+    def chunk(x: tuple[jax.Array, ...]) -> tuple[tuple[Sums, Any], Any]:
+        """What adds up over chunks, and the gradient of the chunk's own h."""
+        h, *rest = x
+        logits_q = unembed(h, head_q)
+        if wanted is None:
+            return (row_sums(logits_q, *rest)[1], None), None
+        grad, rows = jax.grad(row_sums, has_aux=True)(logits_q, *rest)
+        grad = grad.astype(h.dtype)
+        d_h = _product("btv,vd->btd", grad, head_q, mesh.out(("batch", None, None), h.shape))
+        if wanted == "h":
+            return (rows, None), d_h.astype(h.dtype)
+        d_head = _product("btv,btd->vd", grad, h, mesh.unreduced(axes, head.shape))
+        return (rows, d_head), d_h.astype(h.dtype)
 
-
-def sum_over_chunks(fn: Callable[..., Any], arrays: tuple[jax.Array, ...], chunk: int) -> Any:
-    """Sum of fn over slices of about `chunk` tokens a device; backward recomputes each.
-
-    arrays: [B, T, ...]; they are padded with zeros at the end, so fn must see a mask. The batch
-    axis keeps its sharding: a chunk is a few positions of every row.
-    """
-    xs = tuple(split_time(x, chunk) for x in arrays)
-    remat = jax.checkpoint(fn, prevent_cse=False)
-    shapes = jax.eval_shape(fn, *(x[0] for x in xs))
+    xs = tuple(split_time(x, objective.chunk) for x in per_token)
+    shapes, _ = jax.eval_shape(chunk, tuple(x[0] for x in xs))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=_place(s)), shapes)
-    total, _ = jax.lax.scan(
-        lambda sums, x: (jax.tree.map(jnp.add, sums, remat(*x)), None), zeros, xs
+
+    def add(total: Any, x: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+        now, d_h = chunk(x)
+        return jax.tree.map(jnp.add, total, now), d_h
+
+    (sums, d_head), d_h = jax.lax.scan(add, zeros, xs)
+    if d_h is not None:
+        d_h = join_time(d_h, h.shape[1])
+    return sums, (d_h, None if d_head is None else mesh.scatter(d_head, axes))
+
+
+def _product(expr: str, a: jax.Array, b: jax.Array, out: Any) -> jax.Array:
+    """float32 einsum, multiplied in the dtype of `a`."""
+    return jnp.einsum(
+        expr,
+        a,
+        b.astype(a.dtype),
+        precision=precision(a.dtype),
+        preferred_element_type=jnp.float32,
+        out_sharding=out,
     )
-    return total
 
 
 def split_time(x: jax.Array, chunk: int) -> jax.Array:
@@ -154,6 +223,14 @@ def split_time(x: jax.Array, chunk: int) -> jax.Array:
     # Said here, since of a batch of one row a reshape forgets over which axes it is spread.
     place = mesh.out(("batch",) + (None,) * x.ndim, shape)
     return jnp.moveaxis(x.reshape(shape, out_sharding=place), 1, 0)
+
+
+def join_time(x: jax.Array, time: int) -> jax.Array:
+    """What `split_time` made, put together again: [count, B, size, ...] -> [B, T, ...]."""
+    x = jnp.moveaxis(x, 0, 1)
+    shape = (x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+    place = mesh.out(("batch",) + (None,) * (len(shape) - 1), shape)
+    return x.reshape(shape, out_sharding=place)[:, :time]
 
 
 def _place(x: Any) -> Any:
@@ -229,17 +306,50 @@ def _plain_terms(logits_q: jax.Array, targets: jax.Array) -> Sums:
     return Sums(nll, one, one, nll, nll, agree, zero, one)
 
 
+@jax.custom_vjp
+def compare(z_q: jax.Array, z_p: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(KL(p || q), entropy of p, logsumexp of z_q) of float32 logits [..., V], p without gradient.
+
+    After the greatest logits are known everything is sums over one pass through both: on a GPU
+    logits in memory are what a loss costs beside its products. Equal logits give exactly 0.
+    """
+    return _compare(z_q, z_p)[0]
+
+
+def _compare(z_q: jax.Array, z_p: jax.Array) -> tuple[Any, Any]:
+    top_q, top_p = jnp.max(z_q, -1, keepdims=True), jnp.max(z_p, -1, keepdims=True)
+    x_q, x_p = z_q - top_q, z_p - top_p
+    e_p = jnp.exp(x_p)
+    sum_q, sum_p = jnp.sum(jnp.exp(x_q), -1), jnp.sum(e_p, -1)
+    of_q, of_p = jnp.sum(e_p * x_q, -1) / sum_p, jnp.sum(e_p * x_p, -1) / sum_p
+    log_q, log_p = jnp.log(sum_q), jnp.log(sum_p)
+    normaliser_q, normaliser_p = log_q + top_q[..., 0], log_p + top_p[..., 0]
+    found = (of_p - of_q) + (log_q - log_p), log_p - of_p, normaliser_q
+    return found, (z_q, z_p, normaliser_q, normaliser_p)
+
+
+def _compare_backward(kept: Any, g: Any) -> tuple[jax.Array, None]:
+    z_q, z_p, normaliser_q, normaliser_p = kept
+    q, p = (jnp.exp(z - n[..., None]) for z, n in ((z_q, normaliser_q), (z_p, normaliser_p)))
+    return (g[0] + g[2])[..., None] * q - g[0][..., None] * p, None
+
+
+compare.defvjp(_compare, _compare_backward)
+
+
 def _online_terms(
     logits_p: jax.Array, logits_q: jax.Array, targets: jax.Array, o: Objective, mean: Any
 ) -> Sums:
-    plain_p, plain_q = jax.nn.log_softmax(logits_p), jax.nn.log_softmax(logits_q)
-    logp, logq = plain_p, plain_q
-    if o.temperature != 1.0:
-        logp = jax.nn.log_softmax(logits_p / o.temperature)
-        logq = jax.nn.log_softmax(logits_q / o.temperature)
-    h_p = entropy(logp)
-    h_q = entropy(logq) if o.weight in ("student", "joint") else h_p
-    kl = jnp.sum(jnp.exp(plain_p) * (plain_p - plain_q), axis=-1)
+    kl, h_p, normaliser_q = compare(logits_q, logits_p)
+    loss = kl
+    if o.temperature != 1.0 or o.divergence != "forward_kl":
+        z_q, z_p = logits_q / o.temperature, logits_p / o.temperature
+        loss, h_p, _ = compare(z_q, z_p)
+        if o.divergence != "forward_kl":
+            loss = divergence(jax.nn.log_softmax(z_p), jax.nn.log_softmax(z_q), o)
+    h_q = h_p
+    if o.weight in ("student", "joint"):
+        h_q = entropy(jax.nn.log_softmax(logits_q / o.temperature))
     agree = jnp.sum(
         jnp.where(
             (logits_p >= jnp.max(logits_p, -1, keepdims=True))
@@ -250,8 +360,8 @@ def _online_terms(
         axis=-1,
     )
     return _terms(
-        divergence(logp, logq, o),
-        _nll(plain_q, targets),
+        loss,
+        normaliser_q - at_ids(logits_q, targets[..., None])[..., 0],
         token_weight(h_p, h_q, mean, logits_q.shape[-1], o),
         kl=jax.lax.stop_gradient(kl),
         agree=jnp.minimum(agree, 1.0),
@@ -312,7 +422,9 @@ def _terms(
     o: Objective,
 ) -> Sums:
     """T^2 keeps the gradient's size as the temperature changes (Hinton et al. 2015)."""
-    loss = (1 - o.ce) * o.temperature**2 * loss + o.ce * nll
+    loss = o.temperature**2 * loss
+    if o.ce:  # else nll's gradient would be another pass over the logits
+        loss = (1 - o.ce) * loss + o.ce * nll
     one = jnp.ones_like(nll)
     return Sums(weight * loss, weight, one, jax.lax.stop_gradient(nll), kl, agree, h_p, captured)
 
@@ -323,6 +435,7 @@ def teacher_topk(
     """What a teacher cache stores: ids int32 and log-probabilities [B, T, k], most likely first,
     entropy and log-normaliser float32 [B, T]; all of the distribution at `temperature`.
     """
+    head = mesh.gather(head, ("vocab", "embed"))
 
     def one(h: jax.Array) -> tuple[jax.Array, ...]:
         scores = unembed(h, head) / temperature
@@ -333,9 +446,7 @@ def teacher_topk(
         top, ids = jax.lax.top_k(logp, k)
         return ids.astype(jnp.int32), top, entropy(logp), normaliser
 
-    def join(x: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : h.shape[1]]
-
-    ids, top, h_p, normaliser = jax.lax.map(one, split_time(h, chunk))
-    return join(ids), join(top), join(h_p), join(normaliser)
+    ids, top, h_p, normaliser = (
+        join_time(x, h.shape[1]) for x in jax.lax.map(one, split_time(h, chunk))
+    )
+    return ids, top, h_p, normaliser

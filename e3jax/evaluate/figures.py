@@ -52,7 +52,7 @@ def make_figures(
             known = losses.Online(h_dense, decoder.head(dense, cfg))
         gates = jnp.broadcast_to(gates_l, (batch.tokens.shape[0], gates_l.shape[0]))
         h = decoder.hidden(student, batch, student_cfg, dtype=dtype, remat="none", gates_bl=gates)
-        sums = losses.token_sums(
+        _, sums = losses.token_sums(
             h,
             decoder.head(student, student_cfg),
             batch.targets,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from e3jax import mesh
-from e3jax.models import recompute, splash
+from e3jax.models import cudnn, recompute, splash
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 AttendOfKind = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -19,20 +19,36 @@ def precision(dtype: Any) -> jax.lax.Precision | None:
 
 
 def make_attention(
-    segments_bt: jax.Array, windows: Sequence[int | None], head_dim: int
+    segments_bt: jax.Array,
+    windows: Sequence[int | None],
+    head_dim: int,
+    dtype: Any,
+    documents: int | None,
 ) -> AttendOfKind:
     """A (kind, q [B, T, K, G, H], k and v [B, T, K, H]) -> [B, T, K, G, H]: rows see themselves.
 
-    kind: int32 scalar, which of the distinct `windows` the layer has.
+    kind: int32 scalar, which of the distinct `windows` the layer has. documents: that a row has at
+    most, None where that is not known.
     """
-    if mesh.platform() == "tpu" and splash.suits(segments_bt.shape[1], head_dim):
-        return by_kernel(segments_bt, windows)
+    time, platform = segments_bt.shape[1], mesh.platform()
+    if platform == "tpu" and splash.suits(time, head_dim):
+        return by_splash(segments_bt, windows)
+    if platform == "gpu" and documents and cudnn.suits(time, head_dim, dtype, documents):
+        return by_cudnn(segments_bt, windows, documents)
     return by_mask(segments_bt, windows)
 
 
-def by_kernel(segments_bt: jax.Array, windows: Sequence[int | None]) -> AttendOfKind:
-    """Splash attention, a kernel for each window: nothing of [T, T] is built."""
-    kernels = [splash.make_attention(segments_bt, window) for window in windows]
+def by_splash(segments_bt: jax.Array, windows: Sequence[int | None]) -> AttendOfKind:
+    """Splash attention on TPUs, a kernel for each window: nothing of [T, T] is built."""
+    return _switch([splash.make_attention(segments_bt, window) for window in windows])
+
+
+def by_cudnn(segments_bt: jax.Array, windows: Sequence[int | None], documents: int) -> AttendOfKind:
+    """cuDNN's attention on GPUs, a kernel for each window: nothing of [T, T] is built."""
+    return _switch([cudnn.make_attention(segments_bt, window, documents) for window in windows])
+
+
+def _switch(kernels: Sequence[Attend]) -> AttendOfKind:
     return lambda kind, q, k, v: jax.lax.switch(kind, kernels, q, k, v)
 
 

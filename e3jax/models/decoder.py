@@ -41,6 +41,8 @@ class Batch:
     segments: jax.Array  # 0 = padding, 1.. = documents of the window
     targets: jax.Array  # the token at t + 1
     mask: jax.Array  # bool: the prediction made at t carries loss
+    # How many documents a window has at most; None = not known. A constant of the program.
+    documents: int | None = flax.struct.field(pytree_node=False, default=None)
 
 
 def abstract_batch(rows: int, time: int) -> Batch:
@@ -177,6 +179,7 @@ def mlp(w: Params, x_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
     up = _project("btd,fd->btf", x_btd, w["up"], ("batch", None, "mlp"))
     if cfg.mlp_bias:
         gate, up = gate + w["gate_bias"].astype(gate.dtype), up + w["up_bias"].astype(up.dtype)
+    gate, up = map(recompute.keep_large, (gate, up))
     y = ACTIVATIONS[cfg.activation](gate) * up
     y = _project("btf,df->btd", y, w["down"], ("batch", None, None))
     return y + w["down_bias"].astype(y.dtype) if cfg.mlp_bias else y
@@ -204,7 +207,7 @@ def embed(params: Params, tokens: jax.Array, dtype: Any) -> jax.Array:
     # rows for width. Asked for the rows at once, XLA would replicate them over all replicas.
     here = mesh.spec(("replica_batch", None, "embed"), shape)
     h = table.at[tokens].get(out_sharding=here).astype(dtype)
-    return jax.sharding.reshard(h, mesh.spec(("batch", None, None)))
+    return mesh.rows_for_width(h)
 
 
 def window_kinds(cfg: ModelConfig) -> tuple[tuple[int | None, ...], jax.Array]:
@@ -230,14 +233,14 @@ def hidden(
       gradient reaches every gate (see gate.py).
     layer_ids: int32 [K]: run only these layers, in this order, without copying their weights.
     remat: what backward recomputes, see recompute.py: "layer" each layer from its input, "none"
-      nothing, "selective" what is cheap for the memory it would take.
+      nothing, "selective" and "elementwise" what is cheap for the memory it would take.
     observe: statistics of (residual stream into, out of) each layer; then the result is a pair
       (hidden states, statistics stacked on axis 0). Layer outputs are before the final norm.
     """
     assert gates_bl is None or layer_ids is None, "gates are for the whole stack"
     cos_sin = rope.angles(batch.positions, cfg.rope, cfg.head_dim)
     kinds, kind_l = window_kinds(cfg)
-    attend = make_attention(batch.segments, kinds, cfg.head_dim)
+    attend = make_attention(batch.segments, kinds, cfg.head_dim, dtype, batch.documents)
     gates_lb = None if gates_bl is None else gates_bl.T
 
     def body(h: jax.Array, xs: tuple) -> tuple[jax.Array, Any]:
@@ -261,8 +264,8 @@ def hidden(
 
 
 def head(params: Params, cfg: ModelConfig) -> jax.Array:
-    """Output head [V, D], as stored, but whole over the batch axes: all chunks of a loss use it."""
-    return mesh.gather(params["embed" if cfg.tied else "head"], ("vocab", "embed"))
+    """Output head [V, D], as stored."""
+    return params["embed" if cfg.tied else "head"]
 
 
 def unembed(h_btd: jax.Array, head_vd: jax.Array) -> jax.Array:
@@ -279,4 +282,4 @@ def unembed(h_btd: jax.Array, head_vd: jax.Array) -> jax.Array:
 
 def logits(params: Params, h_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
     """float32 [B, T, V]; for short sequences (decoding, tests): losses never form it whole."""
-    return unembed(h_btd, head(params, cfg))
+    return unembed(h_btd, mesh.gather(head(params, cfg), ("vocab", "embed")))

@@ -129,7 +129,7 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
         )
         pad = width - jnp.sum(segments, axis=1)
         positions = jnp.maximum(jnp.arange(width)[None] - pad[:, None], 0)
-        among_prompt = make_attention(segments, kinds, cfg.head_dim)
+        among_prompt = make_attention(segments, kinds, cfg.head_dim, dtype, documents=2)
 
         def see_prompt(kind: jax.Array, q: jax.Array, new: Cache, _: Cache) -> jax.Array:
             return among_prompt(kind, q, *new)

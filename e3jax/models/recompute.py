@@ -12,26 +12,42 @@ K H 1024, F 25600; forward 1042 MFLOP a token on rows of 4096 tokens):
 
 Beside each layer's input (10 KB) it keeps 46 KB, 36 of them divided by the model axis, and computes
 again the 524 MFLOP of gate and up, where `layer` does 780; in the search 56 KB, and 524 for 1042.
+
+`elementwise` keeps gate and up too: no product is computed again, only norms, rotations, activation
+and gates, of which `none` keeps every intermediate result.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-Remat = Literal["none", "layer", "selective"]
-KEPT = "kept"
+from e3jax.models import cudnn
+
+Remat = Literal["none", "elementwise", "selective", "layer"]
+KEPT, LARGE = "kept", "large"
 
 
 def keep(x: jax.Array) -> jax.Array:
-    """Marks an array that `selective` keeps."""
+    """Marks an array that `selective` and `elementwise` keep."""
     return checkpoint_name(x, KEPT)
+
+
+def keep_large(x: jax.Array) -> jax.Array:
+    """Marks an array that `elementwise` alone keeps."""
+    return checkpoint_name(x, LARGE)
 
 
 def checkpoint(body: Callable, remat: Remat) -> Callable:
     """The body of a scan over layers; its arguments, the residual stream too, are always kept."""
     if remat == "none":
         return body
-    policy = jax.checkpoint_policies.save_only_these_names(KEPT) if remat == "selective" else None
-    return jax.checkpoint(body, prevent_cse=False, policy=policy)
+    marks = {"layer": (), "selective": (KEPT,), "elementwise": (KEPT, LARGE)}[remat]
+    marked = jax.checkpoint_policies.save_only_these_names(*marks)
+
+    def kept(primitive: Any, *avals: Any, **params: Any) -> bool:
+        kernel = primitive.name == cudnn.FORWARD and marks != ()  # which marks nothing itself
+        return kernel or marked(primitive, *avals, **params)
+
+    return jax.checkpoint(body, prevent_cse=False, policy=kept)

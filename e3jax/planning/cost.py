@@ -89,25 +89,28 @@ def head_flops(cfg: ModelConfig) -> float:
     return 2 * cfg.width * cfg.vocab_size
 
 
-def recomputed(cfg: ModelConfig, time: int, remat: str) -> float:
-    """Operations a token that backward repeats of the layers' forward pass."""
-    if remat == "none":
-        return 0.0
-    if remat == "layer":
-        return body_flops(cfg, time)
-    queries = (
-        2 * cfg.width * cfg.num_heads * cfg.head_dim
-    )  # `selective` keeps q, k, v and attention
-    return sum(queries + layer_flops(cfg, time, window)[2] for window in cfg.windows)
+def recomputed(cfg: ModelConfig, time: int, remat: str, *, gated: bool) -> float:
+    """Operations a token that backward repeats of the layers' forward pass (recompute.py).
+
+    gated: it asks for what comes out of a layer, else the last product of each is not repeated.
+    """
+    product = 2 * cfg.num_layers * cfg.width * cfg.mlp_width
+    again = {
+        "none": 0.0,
+        "elementwise": 0.0,
+        "selective": 2 * product,
+        "layer": body_flops(cfg, time) - (0 if gated else product),
+    }
+    return again[remat]
 
 
 def train_flops(run: config.Run, cfg: ModelConfig) -> float:
     """A token of a distillation step: teacher forward, student forward, backward, recomputation."""
     student, time = student_config(run, cfg), run.data.window
     body, head = body_flops(student, time), head_flops(student)
-    total = 3 * body + recomputed(student, time, run.model.remat) + 4 * head  # logits, twice; d 2
+    total = 3 * (body + head) + recomputed(student, time, run.model.remat, gated=False)
     if run.distill.teacher == "online":
-        total += body_flops(cfg, time) + 2 * head_flops(cfg)
+        total += body_flops(cfg, time) + head_flops(cfg)
     return total
 
 
@@ -117,7 +120,7 @@ def search_flops(run: config.Run, cfg: ModelConfig) -> float:
     dense = run.search.loss == "kl"
     total = body + head + (body + head) * dense
     if run.search.estimator != "score":  # weights are frozen: no products for their gradients
-        total += body + 2 * head + head * dense + recomputed(cfg, time, run.model.remat)
+        total += body + head + recomputed(cfg, time, run.model.remat, gated=True)
     return total
 
 
@@ -143,8 +146,10 @@ def activation_bytes(
     size = 2 if run.model.dtype == "bfloat16" else WIDE
     queries, keys = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     whole, shared = cfg.width, 0  # the residual stream into the layer
-    if run.model.remat == "selective":
-        whole, shared = 2 * cfg.width, 2 * queries + 2 * keys
+    if run.model.remat in ("selective", "elementwise"):
+        whole, shared = (2 if trained else 3) * cfg.width, 2 * queries + 2 * keys
+    if run.model.remat == "elementwise":
+        shared += 2 * cfg.mlp_width
     if run.model.remat == "none":
         whole, shared = 6 * cfg.width, 2 * queries + 6 * cfg.mlp_width
         if trained:  # norms and the rotation in float32 too

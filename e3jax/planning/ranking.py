@@ -18,7 +18,7 @@ from e3jax.planning.chips import Topology
 COMPILED = 3  # choices compiled at a time
 SECONDS = 300  # after which no three more are begun, where none of those before fits
 LARGEST_MODEL = 16  # tensor parallelism beyond a few chips sends more than it saves
-REMATS = ("none", "selective", "layer")
+REMATS = ("none", "elementwise", "selective", "layer")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,11 +112,13 @@ def make_search_step(
 
     def row_sums(
         params: Params, batch: Batch, gates_bl: jax.Array, dense: jax.Array | None
-    ) -> losses.Sums:
+    ) -> tuple[jax.Array, losses.Sums]:
         h = decoder.hidden(params, batch, cfg, dtype=dtype, gates_bl=gates_bl, remat=remat)
         w = decoder.head(params, cfg)
         teacher = None if dense is None else losses.Online(dense, w)
-        return losses.token_sums(h, w, batch.targets, batch.mask, teacher, objective)
+        return losses.token_sums(
+            h, w, batch.targets, batch.mask, teacher, objective, frozen_head=True
+        )
 
     def step(state: SearchState, params: Params, batch: Batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -137,8 +139,8 @@ def make_search_step(
             gates = jnp.broadcast_to(gates, (rows, cfg.num_layers))
             if mesh.current() is not None:
                 gates = jax.sharding.reshard(gates, mesh.spec(("batch", None)))
-            sums = row_sums(params, batch, gates, dense)
-            mean = jnp.sum(sums.loss) / jnp.maximum(jnp.sum(sums.weight), 1.0)
+            loss, sums = row_sums(params, batch, gates, dense)
+            mean = loss / jnp.maximum(jnp.sum(sums.weight), 1.0)
             return mean, (draw, sums)
 
         if spec.estimator == "score":

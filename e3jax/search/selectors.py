@@ -68,7 +68,7 @@ def leave_one_out_kl(
 
         def without(layer_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
             h = decoder.hidden(params, batch, cfg, dtype=dtype, layer_ids=layer_ids, remat="none")
-            sums = losses.token_sums(
+            _, sums = losses.token_sums(
                 h, w, batch.targets, batch.mask, losses.Online(dense, w), objective
             )
             return jnp.sum(sums.kl), jnp.sum(sums.tokens)

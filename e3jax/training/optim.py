@@ -74,13 +74,14 @@ def accumulate(
 ) -> tuple[Tree, Any]:
     """Gradient of (sum of losses) / (sum of weights) over `count` micro-batches, and the sums.
 
-    sums_fn(params, micro_batch) -> a pytree of float32 sums with the fields `loss` and `weight`.
-    Sums are added up and divided once, so micro-batches with unequal weights count as they should.
+    sums_fn(params, micro_batch) -> the sum of losses, and a pytree of float32 sums with the field
+    `weight`. Both are added up and divided once, so micro-batches with unequal weights count as
+    they should.
     """
 
     def loss_fn(params: Tree, micro: Tree) -> tuple[jax.Array, Any]:
-        sums = jax.tree.map(jnp.sum, sums_fn(params, micro))
-        return sums.loss, sums
+        loss, sums = sums_fn(params, micro)
+        return loss, jax.tree.map(jnp.sum, sums)
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
     if count == 1:

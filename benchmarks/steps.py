@@ -1,0 +1,462 @@
+"""Search and distillation steps on one GPU, ours and the best of PyTorch's in one run.
+
+    python benchmarks/steps.py distil --shapes 1.7b --tokens 32768
+    python benchmarks/steps.py search --shapes 1.7b --tokens 16384
+
+The models have Qwen3's shapes and random weights, the rows 4096 random tokens, the student three
+quarters of the layers. Each arm runs in a process of its own without preallocation; its memory is
+the greatest that its allocator had in use. An arm's KL is compared with one in float32 before it is
+timed. Share: of a bfloat16 product of 8192 x 8192 matrices in the same run, with the operations a
+model needs, none that is repeated: one forward pass is 1, causal attention a half of the square; a
+distillation is the teacher's pass and three of the student's, a search three of the dense model's.
+PyTorch arms need torch and transformers, those with Liger liger-kernel; ours need JAX for CUDA.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+ROW = 4096
+VOCAB = 151_936
+WARM, STEPS = 2, 6
+SHAPES = {  # layers, width, mlp, heads, key-value heads, tied; heads are 128 wide
+    "0.6b": (28, 1024, 3072, 16, 8, True),
+    "1.7b": (28, 2048, 6144, 16, 8, True),
+    "4b": (36, 2560, 9728, 32, 8, True),
+    "8b": (36, 4096, 12288, 32, 8, False),
+}
+LR = 1e-5
+
+
+def main() -> None:
+    options = parse()
+    if options.arm is not None:  # in its own process
+        print("RESULT " + json.dumps(measure(options)), flush=True)
+        return
+    rate = child(options, "matmul")["rate"]
+    print(f"bfloat16 8192^3: {rate / 1e12:.0f} TFLOP/s", flush=True)
+    print(f"{'arm':<44}{'tokens/s':>10}{'spread':>9}{'share':>8}{'GiB':>7}{'first s':>9}{'KL':>9}")
+    for arm in options.arms or ARMS[options.step]:
+        found = child(options, arm)
+        if "error" in found:
+            print(f"{arm:<44}  {found['error']}", flush=True)
+            continue
+        middle = statistics.median(found["seconds"])
+        spread = (max(found["seconds"]) - min(found["seconds"])) / middle
+        share = options.tokens * flops_per_token(options) / middle / rate
+        print(
+            f"{arm:<44}{options.tokens / middle:>10,.0f}{spread:>9.1%}{share:>8.3f}"
+            f"{found['peak'] / 2**30:>7.1f}{found['first']:>9.0f}{found['kl']:>9.4f}",
+            flush=True,
+        )
+        print(found.get("profile", ""), end="", flush=True)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("step", choices=("distil", "search"))
+    parser.add_argument("--shapes", choices=SHAPES, default="1.7b")
+    parser.add_argument("--tokens", type=int, default=32_768, help="a step")
+    parser.add_argument("--arms", nargs="+", help="some of them; ours: e3jax:MICROBATCH:REMAT")
+    parser.add_argument("--documents", type=int, default=1, help="in each of our rows")
+    parser.add_argument("--chunk", type=int, default=4096, help="tokens whose logits exist")
+    parser.add_argument("--profile", action="store_true", help="ours: where a step's time goes")
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def child(options: argparse.Namespace, arm: str) -> dict:
+    """What an arm measured, in a process that has the GPU for itself."""
+    environment = os.environ | {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    }
+    command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line[len("RESULT ") :])
+    lines = [line for line in done.stderr.splitlines() if "Error" in line or "memory" in line]
+    return {"error": (lines or done.stderr.splitlines() or ["nothing was said"])[-1][:200]}
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """The outcome of one arm, in this process."""
+    name, *details = options.arm.split(":")
+    if name == "matmul":
+        return {"rate": matmul_rate()}
+    return {"e3jax": ours, "torch": peer}[name](options, *details)
+
+
+def model_config(options: argparse.Namespace):
+    """e3jax's ModelConfig of the dense model."""
+    from e3jax.models.config import ModelConfig
+
+    layers, width, mlp, heads, kv_heads, tied = SHAPES[options.shapes]
+    return ModelConfig(
+        family="qwen3", num_layers=layers, width=width, mlp_width=mlp, num_heads=heads,
+        num_kv_heads=kv_heads, head_dim=128, vocab_size=VOCAB, max_position=40_960, norm_eps=1e-6,
+        tied=tied, windows=(None,) * layers, qk_norm=True,
+    )  # fmt: skip
+
+
+def kept(options: argparse.Namespace) -> list[int]:
+    """The student's layers: every fourth is removed."""
+    return [i for i in range(SHAPES[options.shapes][0]) if i % 4 != 2]
+
+
+def flops_per_token(options: argparse.Namespace) -> float:
+    from e3jax.planning import cost
+
+    def forward(cfg):
+        return cost.body_flops(cfg, ROW) + cost.head_flops(cfg)
+
+    dense = model_config(options)
+    if options.step == "search":
+        return 3 * forward(dense)
+    return forward(dense) + 3 * forward(dense.take_layers(kept(options)))
+
+
+def timed(step, synchronise) -> tuple[float, list[float]]:
+    """Seconds of the first call, and of those after the warm-up."""
+    begun = time.perf_counter()
+    step()
+    synchronise()
+    first = time.perf_counter() - begun
+    seconds = []
+    for number in range(WARM - 1 + STEPS):
+        begun = time.perf_counter()
+        step()
+        synchronise()
+        if number >= WARM - 1:
+            seconds.append(time.perf_counter() - begun)
+    return first, seconds
+
+
+def matmul_rate() -> float:
+    """FLOP/s of a bfloat16 product of random 8192 x 8192 matrices."""
+    import jax
+    import jax.numpy as jnp
+
+    a, b = jax.random.normal(jax.random.key(0), (2, 8192, 8192), jnp.bfloat16)
+
+    @jax.jit
+    def product(a, b):  # ten of them, so that starting one is nothing
+        return jax.lax.fori_loop(0, 10, lambda _, x: (x @ b * 0.01).astype(x.dtype), a)
+
+    _, seconds = timed(lambda: product(a, b).block_until_ready(), lambda: None)
+    return 10 * 2 * 8192**3 / statistics.median(seconds)
+
+
+# ---------------------------------------------------------------- e3jax
+
+
+def ours(options: argparse.Namespace, micro: str = "8", remat: str = "layer") -> dict:
+    """A step as the stages make it: float32 masters and moments, bfloat16 compute."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from e3jax import config, mesh
+    from e3jax.data.batches import gather
+    from e3jax.data.windows import Windows
+    from e3jax.distill import distill, losses
+    from e3jax.job import to_batch
+    from e3jax.models import decoder
+    from e3jax.search import search
+    from e3jax.training.optim import make_optimizer
+
+    jax.config.update("jax_threefry_partitionable", True)
+    dense, rows = model_config(options), options.tokens // ROW
+    rng = np.random.default_rng(0)
+    segments = 1 + np.sort(rng.integers(0, options.documents, (rows, ROW)), axis=1)
+    shape = (rows, ROW)
+    tokens = rng.integers(0, VOCAB, shape, dtype=np.int32)
+    windows = Windows(tokens, segments.astype(np.int32), np.ones(shape, bool), {}, "")
+    with jax.set_mesh(mesh.make_mesh()):
+        batch = mesh.shard_batch(to_batch(gather(windows, np.arange(rows)), windows))
+        teacher = decoder.init_params(jax.random.key(0), dense, jnp.bfloat16)
+        if options.step == "search":
+            spec = config.Search(keep=len(kept(options)), steps=100, batch=rows)
+            take = search.make_search_step(
+                dense, spec, seed=0, dtype=jnp.bfloat16, remat=remat, chunk=options.chunk
+            )
+            state = mesh.replicate(search.init_state(jnp.zeros(dense.num_layers), spec))
+            inputs = (teacher, batch)
+            figure = "loss"
+        else:
+            recipe = config.Distill(
+                steps=100, batch=rows, microbatch=min(int(micro), rows), chunk=options.chunk,
+                optimizer=config.Optimizer(lr=LR),
+            )  # fmt: skip
+            student = dense.take_layers(kept(options))
+            optimizer = make_optimizer(recipe.optimizer, recipe.steps)
+            take = distill.make_train_step(
+                student, recipe, optimizer, teacher_cfg=dense, dtype=jnp.bfloat16, remat=remat
+            )
+            start = decoder.take_layers(teacher, kept(options))
+            state = distill.init_state(start, optimizer, 11.0)
+            inputs = (teacher, batch, None)
+            figure = "kl"
+            check_ours(start, student, teacher, dense, batch, losses, decoder)
+        del tokens
+        said = {}
+
+        def step():
+            nonlocal state, said
+            state, said = take(state, *inputs)
+
+        first, seconds = timed(step, lambda: jax.block_until_ready(said))
+        found = {
+            "first": first,
+            "seconds": seconds,
+            "peak": jax.local_devices()[0].memory_stats()["peak_bytes_in_use"],
+            "kl": float(said[figure]),
+        }
+        if options.profile:
+            found["profile"] = profile(step, lambda: jax.block_until_ready(said))
+    return found
+
+
+def check_ours(student, cfg, teacher, dense, batch, losses, decoder) -> None:
+    """The KL of 256 tokens in bfloat16 is that in float32 by the textbook, within 2 %."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    few = dataclasses.replace(jax.tree.map(lambda x: x[:1, :256], batch), documents=batch.documents)
+
+    @jax.jit
+    def both(student, teacher, few):
+        h_q = decoder.hidden(student, few, cfg, dtype=jnp.bfloat16, remat="none")
+        h_p = decoder.hidden(teacher, few, dense, dtype=jnp.bfloat16, remat="none")
+        heads = decoder.head(student, cfg), decoder.head(teacher, dense)
+        known, objective = losses.Online(h_p, heads[1]), losses.Objective(chunk=100)
+        _, sums = losses.token_sums(h_q, heads[0], few.targets, few.mask, known, objective)
+        h_q = decoder.hidden(student, few, cfg, dtype=jnp.float32, remat="none")
+        h_p = decoder.hidden(teacher, few, dense, dtype=jnp.float32, remat="none")
+        q = jax.nn.log_softmax(decoder.logits(student, h_q, cfg))
+        p = jax.nn.log_softmax(decoder.logits(teacher, h_p, dense))
+        kl = jnp.sum(jnp.exp(p) * (p - q), -1)
+        return jnp.sum(sums.kl), jnp.sum(jnp.where(few.mask, kl, 0))
+
+    found, wanted = map(float, both(student, teacher, few))
+    np.testing.assert_allclose(found, wanted, rtol=0.02)
+
+
+def profile(step, synchronise) -> str:
+    """Where the time of two steps goes, by kernel: milliseconds a step."""
+    import collections
+    import tempfile
+
+    import jax
+
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            step()
+            step()
+            synchronise()
+        file = next(pathlib.Path(folder).rglob("*.xplane.pb"))
+        data = jax.profiler.ProfileData.from_file(str(file))
+    spent, count = collections.Counter(), collections.Counter()
+    for plane in data.planes:
+        if not plane.name.startswith("/device:GPU"):
+            continue
+        for line in plane.lines:
+            if not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                spent[event.name] += event.duration_ns / 2e6
+                count[event.name] += 1
+    total = sum(spent.values())
+    lines = [f"    {total:9.1f} ms a step in all kernels"]
+    for name, ms in spent.most_common(45):
+        lines.append(f"    {ms:9.1f} ms {ms / total:6.1%} {count[name] // 2:6d} x  {name[:110]}")
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------- PyTorch
+
+
+def peer(options: argparse.Namespace, *details: str) -> dict:
+    """transformers in bfloat16 with fused AdamW.
+
+    details: compile = torch.compile; liger = its layers' kernels; checkpoint = activations made
+    again; fused = Liger's linear KL in chunks of 4096, else logits are whole; microN = rows a pass.
+    """
+    import torch
+    import transformers
+
+    if "liger" in details:
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen3
+
+        apply_liger_kernel_to_qwen3(
+            rope=True, rms_norm=True, swiglu=True, fused_linear_cross_entropy=False
+        )
+    layers, width, mlp, heads, kv_heads, tied = SHAPES[options.shapes]
+
+    def build(count: int):
+        cfg = transformers.Qwen3Config(
+            hidden_size=width, intermediate_size=mlp, num_hidden_layers=count,
+            num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=128,
+            vocab_size=VOCAB, tie_word_embeddings=tied, max_position_embeddings=40_960,
+            use_cache=False,
+        )  # fmt: skip
+        with torch.device("cuda"):
+            model = transformers.AutoModelForCausalLM.from_config(
+                cfg, dtype=torch.bfloat16, attn_implementation="sdpa"
+            )
+        return model.eval().requires_grad_(False)
+
+    torch.manual_seed(0)
+    teacher = build(layers)
+    rows = options.tokens // ROW
+    micro = next((int(d[5:]) for d in details if d.startswith("micro")), rows)
+    tokens = torch.randint(0, VOCAB, (rows, ROW), device="cuda")
+    loss_fn = torch_loss("fused" in details)
+    wrap = torch.compile if "compile" in details else lambda model: model
+
+    def kl(student_body, student_head, dense, part):
+        with torch.no_grad():
+            known = dense(part).last_hidden_state
+        found = student_body(part).last_hidden_state
+        args = (found.flatten(0, 1), student_head, known.flatten(0, 1), teacher.lm_head.weight)
+        return loss_fn(*args)
+
+    if options.step == "search":
+        body, parameters = masked_model(torch, teacher.model, "checkpoint" in details)
+        head = teacher.lm_head.weight
+    else:
+        student = build(len(kept(options)))
+        picked = torch.nn.ModuleList(teacher.model.layers[i] for i in kept(options))
+        student.model.layers.load_state_dict(picked.state_dict())
+        for name in ("embed_tokens", "norm"):
+            getattr(student.model, name).load_state_dict(getattr(teacher.model, name).state_dict())
+        student.train().requires_grad_(True)
+        if "checkpoint" in details:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        body, head, parameters = student.model, student.lm_head.weight, list(student.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=LR, fused=True)
+    check_peer(torch, loss_fn, head, teacher.lm_head.weight, width)
+    body, dense = wrap(body), wrap(teacher.model)
+    said = None
+
+    def step():
+        nonlocal said
+        said = 0.0
+        for part in tokens.split(micro):
+            loss = kl(body, head, dense, part) * (len(part) / rows)
+            loss.backward()
+            said = said + loss.detach()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    first, seconds = timed(step, torch.cuda.synchronize)
+    peak = torch.cuda.max_memory_allocated()
+    return {"first": first, "seconds": seconds, "peak": peak, "kl": float(said)}
+
+
+def torch_loss(fused: bool):
+    """(student's h [N, D], its head [V, D], teacher's h, its head) -> KL(teacher || student)."""
+    import torch
+
+    if fused:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        module = LigerFusedLinearJSDLoss(
+            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, chunk_size=4096
+        )
+
+        def loss(h_q, head_q, h_p, head_p):
+            none = torch.full((len(h_q),), -100, device=h_q.device)
+            return module(h_q, head_q, h_p, head_p, none.clamp(min=0))
+
+        return loss
+
+    def dense_loss(h_q, head_q, h_p, head_p):
+        logq = torch.log_softmax((h_q @ head_q.T).float(), -1)
+        logp = torch.log_softmax((h_p @ head_p.T).float(), -1)
+        return torch.nn.functional.kl_div(logq, logp, log_target=True, reduction="batchmean")
+
+    return dense_loss
+
+
+def check_peer(torch, loss_fn, head_q, head_p, width) -> None:
+    """The loss of 256 random states is the textbook's in float32, within 2 %."""
+    h_q, h_p = torch.randn(2, 256, width, device="cuda", dtype=torch.bfloat16).unbind()
+    with torch.no_grad():
+        logq, logp = (
+            torch.log_softmax(h.float() @ head.float().T, -1)
+            for h, head in ((h_q, head_q), (h_p, head_p))
+        )
+        wanted = (logp.exp() * (logp - logq)).sum(-1).mean()
+    found = loss_fn(h_q.requires_grad_(), head_q, h_p, head_p)
+    torch.testing.assert_close(found.float(), wanted, rtol=0.02, atol=1e-3)
+
+
+def masked_model(torch, model, checkpoint: bool):
+    """The dense model with a gate a row and layer, 0 or 1 and differentiable; and the gates."""
+    import copy
+
+    theta = torch.zeros(len(model.layers), device="cuda", requires_grad=True)
+
+    class Gated(torch.nn.Module):
+        def __init__(self, layer, number):
+            super().__init__()
+            self.layer, self.number = layer, number
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("layer"), name)
+
+        def forward(self, h, *args, **kwargs):
+            def run(h):
+                out = self.layer(h, *args, **kwargs)
+                return out[0] if isinstance(out, tuple) else out
+
+            if checkpoint:
+                y = torch.utils.checkpoint.checkpoint(run, h, use_reentrant=False)
+            else:
+                y = run(h)
+            soft = torch.sigmoid(theta[self.number]).expand(len(h))
+            hard = (torch.arange(len(h), device=h.device) + self.number) % 4 != 2
+            gate = (hard - soft.detach() + soft).to(h.dtype)[:, None, None]
+            return h + gate * (y - h)
+
+    gated = copy.copy(model)
+    gated._modules = dict(model._modules)
+    gated.layers = torch.nn.ModuleList(Gated(x, i) for i, x in enumerate(model.layers))
+    return gated, [theta]
+
+
+ARMS = {
+    "distil": (
+        "e3jax:2:none",
+        "e3jax:4:selective",
+        "e3jax:8:layer",
+        "torch:compile:fused",
+        "torch:compile:fused:micro4",
+        "torch:liger:checkpoint:fused",
+    ),
+    "search": (
+        "e3jax:0:none",
+        "e3jax:0:selective",
+        "e3jax:0:layer",
+        "torch:liger:fused",
+        "torch:liger:checkpoint:fused",
+    ),
+}
+
+if __name__ == "__main__":
+    main()

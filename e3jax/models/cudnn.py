@@ -1,0 +1,111 @@
+"""cuDNN's attention, for NVIDIA GPUs: the only place that imports JAX's interface to packed rows.
+
+Nothing of [T, T] exists, forward or backward. Documents of a packed row are told apart by where
+they begin and how long they are, so each is a sequence of its own to the kernel: what one sees of
+another is not a matter of a mask's rounding.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo as kernels
+
+from e3jax import mesh
+
+DTYPES = (jnp.bfloat16, jnp.float16)
+# The forward kernel: what `selective` keeps of it are its output and its softmax's normalisers.
+FORWARD = "dot_product_attention_fwd_wrapper"
+HOPPER = "9.0"
+
+
+def suits(time: int, head_dim: int, dtype: Any, documents: int | None) -> bool:
+    """Whether the kernel is for rows of `time` tokens of at most `documents` documents.
+
+    It computes in half precision. The work space of its backward pass grows with the documents that
+    a row may have, a row's head of H numbers a token for each: beyond some, a dense mask is less.
+    """
+    if documents is None or dtype not in DTYPES or head_dim % 8 or head_dim > 256:
+        return False
+    if documents * head_dim > 2 * time or not kernels.check_compute_capability("8.0"):
+        return False
+    return kernels.check_compute_capability(HOPPER) or (documents == 1 and head_dim <= 128)
+
+
+def make_attention(
+    segments_bt: jax.Array, window: int | None, documents: int
+) -> Callable[..., jax.Array]:
+    """A (q [B, T, K, G, H], k and v [B, T, K, H]) -> [B, T, K, G, H], in q's dtype.
+
+    softmax(q k / sqrt(H)) v over the keys of the query's own document, none later, and none more
+    than `window` - 1 tokens back. Each device runs the kernel on its own rows and heads. What
+    padding sees nobody asks for: it is finite.
+    """
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+            return _local(q, k, v, segments, window, documents)
+
+        attend = local
+        if mesh.current() is not None:
+            place = mesh.spec(("batch", None, "heads", "groups", None), q.shape)
+            keys = mesh.spec(("batch", None, "heads", None), k.shape)
+            attend = jax.shard_map(
+                local,
+                in_specs=(place, keys, keys, mesh.spec(("batch", None))),
+                out_specs=place,
+                check_vma=False,  # the kernel's outputs do not say over which axes they vary
+            )
+        return attend(q, k, v, segments_bt)
+
+    return attention
+
+
+def spans(segments_bt: jax.Array, documents: int) -> tuple[jax.Array, jax.Array]:
+    """Where the documents of each row begin, int32 [B, M + 1], and their lengths, int32 [B, M].
+
+    Padding counts as a document (what no document covers the kernel would leave unwritten), so
+    M = documents + 1; -1 where a row has fewer.
+    """
+    time = segments_bt.shape[1]
+    before = jnp.pad(segments_bt[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    places = jnp.where(segments_bt != before, jnp.arange(time, dtype=jnp.int32), time)
+    count = documents + 2  # the end of the last one too
+    first = jnp.sort(jnp.pad(places, ((0, 0), (0, count)), constant_values=time))[:, :count]
+    lengths = first[:, 1:] - first[:, :-1]
+    return jnp.where(first < time, first, -1), jnp.where(lengths > 0, lengths, -1)
+
+
+def _local(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    window: int | None,
+    documents: int,
+) -> jax.Array:
+    """The kernel on one device's rows and heads."""
+    rows, time, kv_heads, groups, width = q.shape
+    packed: dict[str, Any] = {"mask_type": kernels.MaskType.CAUSAL}
+    if documents > 1:
+        begin, length = spans(segments, documents)
+        packed = {
+            "mask_type": kernels.MaskType.PADDING_CAUSAL,
+            "q_seqlen": length,
+            "kv_seqlen": length,
+            "q_offsets": begin,
+            "kv_offsets": begin,
+        }
+        # A head of keys for each of queries: else the backward pass of packed rows takes a work
+        # space of documents x heads x tokens, and JAX 0.10 misplaces the documents' keys.
+        k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+    y = kernels.dot_product_attention(
+        q.reshape(rows, time, kv_heads * groups, width),
+        k,
+        v,
+        scale=width**-0.5,
+        sliding_window_length=window,
+        **packed,
+    )
+    return y.reshape(q.shape)
