@@ -431,7 +431,7 @@ def masked_model(torch, model, checkpoint: bool):
                 y = run(h)
             soft = torch.sigmoid(theta[self.number]).expand(len(h))
             hard = (torch.arange(len(h), device=h.device) + self.number) % 4 != 2
-            gate = (hard - soft.detach() + soft).to(h.dtype)[:, None, None]
+            gate = (hard.float() - soft.detach() + soft).to(h.dtype)[:, None, None]
             return h + gate * (y - h)
 
     gated = copy.copy(model)
