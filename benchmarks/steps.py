@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 ROW = 4096
 VOCAB = 151_936
-WARM, STEPS = 2, 6
+WARM, STEPS = 4, 6
 SHAPES = {  # layers, width, mlp, heads, key-value heads, tied; heads are 128 wide
     "0.6b": (28, 1024, 3072, 16, 8, True),
     "1.7b": (28, 2048, 6144, 16, 8, True),

@@ -33,23 +33,22 @@ def make_attention(
     time, platform = segments_bt.shape[1], mesh.platform()
     if platform == "tpu" and splash.suits(time, head_dim):
         return by_splash(segments_bt, windows)
-    if platform == "gpu" and documents and cudnn.suits(time, head_dim, dtype, documents):
-        return by_cudnn(segments_bt, windows, documents)
+    whole = all(window is None or window >= time for window in windows)
+    if platform == "gpu" and whole and cudnn.suits(time, head_dim, dtype, documents):
+        return by_cudnn(segments_bt, documents or 1)
     return by_mask(segments_bt, windows)
 
 
 def by_splash(segments_bt: jax.Array, windows: Sequence[int | None]) -> AttendOfKind:
     """Splash attention on TPUs, a kernel for each window: nothing of [T, T] is built."""
-    return _switch([splash.make_attention(segments_bt, window) for window in windows])
-
-
-def by_cudnn(segments_bt: jax.Array, windows: Sequence[int | None], documents: int) -> AttendOfKind:
-    """cuDNN's attention on GPUs, a kernel for each window: nothing of [T, T] is built."""
-    return _switch([cudnn.make_attention(segments_bt, window, documents) for window in windows])
-
-
-def _switch(kernels: Sequence[Attend]) -> AttendOfKind:
+    kernels = [splash.make_attention(segments_bt, window) for window in windows]
     return lambda kind, q, k, v: jax.lax.switch(kind, kernels, q, k, v)
+
+
+def by_cudnn(segments_bt: jax.Array, documents: int) -> AttendOfKind:
+    """cuDNN's attention on GPUs, without windows: nothing of [T, T] is built."""
+    attend = cudnn.make_attention(segments_bt, documents)
+    return lambda kind, q, k, v: attend(q, k, v)
 
 
 def by_mask(segments_bt: jax.Array, windows: Sequence[int | None]) -> AttendOfKind:

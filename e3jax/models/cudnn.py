@@ -33,19 +33,16 @@ def suits(time: int, head_dim: int, dtype: Any, documents: int | None) -> bool:
     return kernels.check_compute_capability(HOPPER) or (documents == 1 and head_dim <= 128)
 
 
-def make_attention(
-    segments_bt: jax.Array, window: int | None, documents: int
-) -> Callable[..., jax.Array]:
+def make_attention(segments_bt: jax.Array, documents: int) -> Callable[..., jax.Array]:
     """A (q [B, T, K, G, H], k and v [B, T, K, H]) -> [B, T, K, G, H], in q's dtype.
 
-    softmax(q k / sqrt(H)) v over the keys of the query's own document, none later, and none more
-    than `window` - 1 tokens back. Each device runs the kernel on its own rows and heads. What
-    padding sees nobody asks for: it is finite.
+    softmax(q k / sqrt(H)) v over the keys of the query's own document, none later. Each device runs
+    the kernel on its own rows and heads. What padding sees nobody asks for: it is finite.
     """
 
     def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-            return _local(q, k, v, segments, window, documents)
+            return _local(q, k, v, segments, documents)
 
         attend = local
         if mesh.current() is not None:
@@ -82,7 +79,6 @@ def _local(
     k: jax.Array,
     v: jax.Array,
     segments: jax.Array,
-    window: int | None,
     documents: int,
 ) -> jax.Array:
     """The kernel on one device's rows and heads."""
@@ -105,7 +101,6 @@ def _local(
         k,
         v,
         scale=width**-0.5,
-        sliding_window_length=window,
         **packed,
     )
     return y.reshape(q.shape)

@@ -206,7 +206,8 @@ def embed(params: Params, tokens: jax.Array, dtype: Any) -> jax.Array:
     # Each device looks its part of the width up for all rows of its replica, then they exchange
     # rows for width. Asked for the rows at once, XLA would replicate them over all replicas.
     here = mesh.spec(("replica_batch", None, "embed"), shape)
-    h = table.at[tokens].get(out_sharding=here).astype(dtype)
+    all_rows = jax.sharding.reshard(tokens, mesh.spec(("replica_batch", None), tokens.shape))
+    h = table.at[all_rows].get(out_sharding=here).astype(dtype)
     return mesh.rows_for_width(h)
 
 
