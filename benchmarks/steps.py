@@ -20,21 +20,11 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import time
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-ROW = 4096
-VOCAB = 151_936
-WARM, STEPS = 4, 6
-SHAPES = {  # layers, width, mlp, heads, key-value heads, tied; heads are 128 wide
-    "0.6b": (28, 1024, 3072, 16, 8, True),
-    "1.7b": (28, 2048, 6144, 16, 8, True),
-    "4b": (36, 2560, 9728, 32, 8, True),
-    "8b": (36, 4096, 12288, 32, 8, False),
-}
-LR = 1e-5
+from shapes import LR, ROW, SHAPES, VOCAB, kept, timed  # noqa: E402
 
 
 def main() -> None:
@@ -94,7 +84,11 @@ def measure(options: argparse.Namespace) -> dict:
     name, *details = options.arm.split(":")
     if name == "matmul":
         return {"rate": matmul_rate()}
-    return {"e3jax": ours, "torch": peer}[name](options, *details)
+    if name == "torch":
+        from peer import peer
+
+        return peer(options, *details)
+    return ours(options, *details)
 
 
 def model_config(options: argparse.Namespace):
@@ -109,11 +103,6 @@ def model_config(options: argparse.Namespace):
     )  # fmt: skip
 
 
-def kept(options: argparse.Namespace) -> list[int]:
-    """The student's layers: every fourth is removed."""
-    return [i for i in range(SHAPES[options.shapes][0]) if i % 4 != 2]
-
-
 def flops_per_token(options: argparse.Namespace) -> float:
     from e3jax.planning import cost
 
@@ -124,22 +113,6 @@ def flops_per_token(options: argparse.Namespace) -> float:
     if options.step == "search":
         return 3 * forward(dense)
     return forward(dense) + 3 * forward(dense.take_layers(kept(options)))
-
-
-def timed(step, synchronise) -> tuple[float, list[float]]:
-    """Seconds of the first call, and of those after the warm-up."""
-    begun = time.perf_counter()
-    step()
-    synchronise()
-    first = time.perf_counter() - begun
-    seconds = []
-    for number in range(WARM - 1 + STEPS):
-        begun = time.perf_counter()
-        step()
-        synchronise()
-        if number >= WARM - 1:
-            seconds.append(time.perf_counter() - begun)
-    return first, seconds
 
 
 def matmul_rate() -> float:
@@ -282,162 +255,6 @@ def profile(step, synchronise) -> str:
     for name, ms in spent.most_common(45):
         lines.append(f"    {ms:9.1f} ms {ms / total:6.1%} {count[name] // 2:6d} x  {name[:110]}")
     return "\n".join(lines) + "\n"
-
-
-# ---------------------------------------------------------------- PyTorch
-
-
-def peer(options: argparse.Namespace, *details: str) -> dict:
-    """transformers in bfloat16 with fused AdamW.
-
-    details: compile = torch.compile; liger = its layers' kernels; checkpoint = activations made
-    again; fused = Liger's linear KL in chunks of 4096, else logits are whole; microN = rows a pass.
-    """
-    import torch
-    import transformers
-
-    if "liger" in details:
-        from liger_kernel.transformers import apply_liger_kernel_to_qwen3
-
-        apply_liger_kernel_to_qwen3(
-            rope=True, rms_norm=True, swiglu=True, fused_linear_cross_entropy=False
-        )
-    layers, width, mlp, heads, kv_heads, tied = SHAPES[options.shapes]
-
-    def build(count: int):
-        cfg = transformers.Qwen3Config(
-            hidden_size=width, intermediate_size=mlp, num_hidden_layers=count,
-            num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=128,
-            vocab_size=VOCAB, tie_word_embeddings=tied, max_position_embeddings=40_960,
-            use_cache=False,
-        )  # fmt: skip
-        with torch.device("cuda"):
-            model = transformers.AutoModelForCausalLM.from_config(
-                cfg, dtype=torch.bfloat16, attn_implementation="sdpa"
-            )
-        return model.eval().requires_grad_(False)
-
-    torch.manual_seed(0)
-    teacher = build(layers)
-    rows = options.tokens // ROW
-    micro = next((int(d[5:]) for d in details if d.startswith("micro")), rows)
-    tokens = torch.randint(0, VOCAB, (rows, ROW), device="cuda")
-    loss_fn = torch_loss("fused" in details)
-    wrap = torch.compile if "compile" in details else lambda model: model
-
-    def kl(student_body, student_head, dense, part):
-        with torch.no_grad():
-            known = dense(part).last_hidden_state
-        found = student_body(part).last_hidden_state
-        args = (found.flatten(0, 1), student_head, known.flatten(0, 1), teacher.lm_head.weight)
-        return loss_fn(*args)
-
-    if options.step == "search":
-        body, parameters = masked_model(torch, teacher.model, "checkpoint" in details)
-        head = teacher.lm_head.weight
-    else:
-        student = build(len(kept(options)))
-        picked = torch.nn.ModuleList(teacher.model.layers[i] for i in kept(options))
-        student.model.layers.load_state_dict(picked.state_dict())
-        for name in ("embed_tokens", "norm"):
-            getattr(student.model, name).load_state_dict(getattr(teacher.model, name).state_dict())
-        student.train().requires_grad_(True)
-        if "checkpoint" in details:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
-        body, head, parameters = student.model, student.lm_head.weight, list(student.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=LR, fused=True)
-    check_peer(torch, loss_fn, head, teacher.lm_head.weight, width)
-    body, dense = wrap(body), wrap(teacher.model)
-    said = None
-
-    def step():
-        nonlocal said
-        said = 0.0
-        for part in tokens.split(micro):
-            loss = kl(body, head, dense, part) * (len(part) / rows)
-            loss.backward()
-            said = said + loss.detach()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    first, seconds = timed(step, torch.cuda.synchronize)
-    peak = torch.cuda.max_memory_allocated()
-    return {"first": first, "seconds": seconds, "peak": peak, "kl": float(said)}
-
-
-def torch_loss(fused: bool):
-    """(student's h [N, D], its head [V, D], teacher's h, its head) -> KL(teacher || student)."""
-    import torch
-
-    if fused:
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-        module = LigerFusedLinearJSDLoss(
-            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, chunk_size=4096
-        )
-
-        def loss(h_q, head_q, h_p, head_p):
-            none = torch.full((len(h_q),), -100, device=h_q.device)
-            return module(h_q, head_q, h_p, head_p, none.clamp(min=0))
-
-        return loss
-
-    def dense_loss(h_q, head_q, h_p, head_p):
-        logq = torch.log_softmax((h_q @ head_q.T).float(), -1)
-        logp = torch.log_softmax((h_p @ head_p.T).float(), -1)
-        return torch.nn.functional.kl_div(logq, logp, log_target=True, reduction="batchmean")
-
-    return dense_loss
-
-
-def check_peer(torch, loss_fn, head_q, head_p, width) -> None:
-    """The loss of 256 random states is the textbook's in float32, within 2 %."""
-    h_q, h_p = torch.randn(2, 256, width, device="cuda", dtype=torch.bfloat16).unbind()
-    with torch.no_grad():
-        logq, logp = (
-            torch.log_softmax(h.float() @ head.float().T, -1)
-            for h, head in ((h_q, head_q), (h_p, head_p))
-        )
-        wanted = (logp.exp() * (logp - logq)).sum(-1).mean()
-    found = loss_fn(h_q.requires_grad_(), head_q, h_p, head_p)
-    torch.testing.assert_close(found.float(), wanted, rtol=0.02, atol=1e-3)
-
-
-def masked_model(torch, model, checkpoint: bool):
-    """The dense model with a gate a row and layer, 0 or 1 and differentiable; and the gates."""
-    import copy
-
-    theta = torch.zeros(len(model.layers), device="cuda", requires_grad=True)
-
-    class Gated(torch.nn.Module):
-        def __init__(self, layer, number):
-            super().__init__()
-            self.layer, self.number = layer, number
-
-        def __getattr__(self, name):
-            try:
-                return super().__getattr__(name)
-            except AttributeError:
-                return getattr(super().__getattr__("layer"), name)
-
-        def forward(self, h, *args, **kwargs):
-            def run(h):
-                out = self.layer(h, *args, **kwargs)
-                return out[0] if isinstance(out, tuple) else out
-
-            if checkpoint:
-                y = torch.utils.checkpoint.checkpoint(run, h, use_reentrant=False)
-            else:
-                y = run(h)
-            soft = torch.sigmoid(theta[self.number]).expand(len(h))
-            hard = (torch.arange(len(h), device=h.device) + self.number) % 4 != 2
-            gate = (hard.float() - soft.detach() + soft).to(h.dtype)[:, None, None]
-            return h + gate * (y - h)
-
-    gated = copy.copy(model)
-    gated._modules = dict(model._modules)
-    gated.layers = torch.nn.ModuleList(Gated(x, i) for i, x in enumerate(model.layers))
-    return gated, [theta]
 
 
 ARMS = {
