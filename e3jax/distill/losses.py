@@ -1,58 +1,21 @@
 """The losses of both stages, chunked over tokens: logits exist one chunk at a time.
 
-p is the teacher (dense model), q the student. Everything is a sum over tokens for each row of the
-batch, in float32; callers add rows, micro-batches and hosts, and divide once.
+Everything is a sum over tokens for each row of the batch, in float32; callers add rows,
+micro-batches and hosts, and divide once. What a token's loss is: terms.py.
 """
 
-import dataclasses
-import math
 from typing import Any, Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from e3jax import config, mesh
+from e3jax import mesh
+from e3jax.distill import terms
+from e3jax.distill.terms import Objective, Online, Sums, TopK, entropy
 from e3jax.errors import UserError
 from e3jax.models.attention import precision
 from e3jax.models.decoder import unembed
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What a token's loss is; fields as in config.Distill."""
-
-    divergence: Literal["forward_kl", "reverse_kl", "skew_kl"] = "forward_kl"
-    skew: float = 0.1
-    temperature: float = 1.0
-    ce: float = 0.0
-    tail: Literal["renormalise", "drop", "bucket"] = "bucket"
-    weight: Literal["teacher", "student", "joint", "uniform"] = "uniform"
-    weight_clip: tuple[float, float] = (0.2, 5.0)
-    weight_power: float = 1.0
-    chunk: int = 2048
-
-    @classmethod
-    def of(cls, recipe: config.Distill) -> "Objective":
-        """The objective a configuration asks for."""
-        return cls(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(cls)})
-
-
-@flax.struct.dataclass
-class Online:
-    """A teacher in the step: its final hidden states [B, T, D] and head [V, D]."""
-
-    h: jax.Array
-    head: jax.Array
-
-
-@flax.struct.dataclass
-class TopK:
-    """A stored teacher: its k most likely tokens at the distillation temperature."""
-
-    ids: jax.Array  # int32 [B, T, k]
-    logp: jax.Array  # [B, T, k], full-vocabulary log-probabilities, read as float32
-    entropy: jax.Array  # float32 [B, T], of the full vocabulary, nats
 
 
 def abstract_topk(rows: int, time: int, k: int) -> TopK:
@@ -67,20 +30,6 @@ def abstract_topk(rows: int, time: int, k: int) -> TopK:
         logp=stored((rows, time, k), jnp.float16),
         entropy=stored((rows, time), jnp.float32),
     )
-
-
-@flax.struct.dataclass
-class Sums:
-    """Sums over the masked tokens of each row, float32 [B]."""
-
-    loss: jax.Array  # sum of w * loss: what is differentiated
-    weight: jax.Array  # sum of w: what it is divided by
-    tokens: jax.Array
-    nll: jax.Array  # next-token cross-entropy, nats
-    kl: jax.Array  # KL(p || q) at temperature 1 (stored teacher: of its k + 1 outcomes, at its own)
-    agree: jax.Array  # tokens where p and q have the same most likely token
-    entropy: jax.Array  # of p, nats
-    captured: jax.Array  # mass of p in the outcomes seen: 1 a token, less with a stored teacher
 
 
 def token_sums(
@@ -156,15 +105,15 @@ def _scan(
         per_token = (*per_token, teacher.ids, teacher.logp, teacher.entropy)
 
     def row_sums(logits_q: jax.Array, targets: jax.Array, mask: jax.Array, *rest: jax.Array) -> Any:
+        mean = given.mean_entropy
         if isinstance(teacher, Online):
-            terms = _online_terms(
-                unembed(rest[0], head_p), logits_q, targets, objective, given.mean_entropy
-            )
+            logits_p = unembed(rest[0], head_p)
+            found = terms.online_terms(logits_p, logits_q, targets, objective, mean)
         elif teacher is not None:
-            terms = _stored_terms(TopK(*rest), logits_q, targets, objective, given.mean_entropy)
+            found = terms.stored_terms(TopK(*rest), logits_q, targets, objective, mean)
         else:
-            terms = _plain_terms(logits_q, targets)
-        rows = jax.tree.map(lambda x: jnp.sum(jnp.where(mask, x, 0.0), axis=1), terms)
+            found = terms.plain_terms(logits_q, targets)
+        rows = jax.tree.map(lambda x: jnp.sum(jnp.where(mask, x, 0.0), axis=1), found)
         return jnp.sum(rows.loss), rows
 
     def chunk(x: tuple[jax.Array, ...]) -> tuple[tuple[Sums, Any], Any]:
@@ -244,189 +193,6 @@ def _check(objective: Objective, teacher: Online | TopK | None) -> None:
             f"distill.divergence={objective.divergence} from a teacher cache needs "
             f"distill.tail=bucket, not {objective.tail}: the tail has no probability otherwise"
         )
-
-
-def entropy(logp: jax.Array) -> jax.Array:
-    """Entropy in nats over the last axis of log-probabilities; impossible outcomes count 0."""
-    return -jnp.sum(jnp.exp(logp) * jnp.maximum(logp, jnp.finfo(jnp.float32).min), axis=-1)
-
-
-def divergence(logp: jax.Array, logq: jax.Array, objective: Objective) -> jax.Array:
-    """Divergence of distributions given as log-probabilities over the last axis, nats.
-
-    forward_kl: KL(p || q); reverse_kl: KL(q || p); skew_kl: KL(p || lambda p + (1 - lambda) q),
-    DistiLLM (arXiv 2402.03898).
-    """
-    if objective.divergence == "reverse_kl":
-        logp, logq = logq, logp
-    elif objective.divergence == "skew_kl":
-        skew = objective.skew
-        logq = jnp.logaddexp(logp + math.log(skew), logq + math.log1p(-skew))
-    return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
-
-
-def token_weight(
-    h_p: jax.Array, h_q: jax.Array, mean_entropy: jax.Array | float, vocab: int, o: Objective
-) -> jax.Array:
-    """Weight of each token from the entropies of teacher and student (nats), detached.
-
-    w = clip((H / mean H) ** power): tokens where the teacher is unsure count more. `joint` is
-    EA-KD's H = (H_p + H_p H_q / log V) / 2. `uniform` is 1.
-    """
-    if o.weight == "uniform":
-        return jnp.ones_like(h_p)
-    h = {"teacher": h_p, "student": h_q, "joint": (h_p + h_p * h_q / math.log(vocab)) / 2}[o.weight]
-    ratio = jax.lax.stop_gradient(h) / jnp.maximum(mean_entropy, 1e-6)
-    return jnp.clip(jnp.maximum(ratio, 1e-12) ** o.weight_power, *o.weight_clip)
-
-
-def at_ids(x_btv: jax.Array, ids_btk: jax.Array) -> jax.Array:
-    """x at given places of the vocabulary axis, [B, T, k]; that axis may be sharded."""
-    sharded = mesh.current() is not None and jax.typeof(x_btv).sharding.spec[-1] is not None
-    if not sharded:
-        return jnp.take_along_axis(x_btv, ids_btk, axis=-1)
-    places = jnp.arange(x_btv.shape[-1])
-    picked = [
-        jnp.sum(jnp.where(places == ids_btk[..., j, None], x_btv, 0.0), axis=-1)
-        for j in range(ids_btk.shape[-1])
-    ]
-    return jnp.stack(picked, axis=-1)
-
-
-def _nll(logq: jax.Array, targets: jax.Array) -> jax.Array:
-    return -at_ids(logq, targets[..., None])[..., 0]
-
-
-def _plain_terms(logits_q: jax.Array, targets: jax.Array) -> Sums:
-    """The data is the teacher: p is 1 at the target, so KL(p || q) is the cross-entropy."""
-    logq = jax.nn.log_softmax(logits_q)
-    nll = _nll(logq, targets)
-    agree = (-nll >= jnp.max(logq, axis=-1)).astype(jnp.float32)
-    one, zero = jnp.ones_like(nll), jnp.zeros_like(nll)
-    return Sums(nll, one, one, nll, nll, agree, zero, one)
-
-
-@jax.custom_vjp
-def compare(z_q: jax.Array, z_p: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(KL(p || q), entropy of p, logsumexp of z_q) of float32 logits [..., V], p without gradient.
-
-    After the greatest logits are known everything is sums over one pass through both: on a GPU
-    logits in memory are what a loss costs beside its products. Equal logits give exactly 0.
-    """
-    return _compare(z_q, z_p)[0]
-
-
-def _compare(z_q: jax.Array, z_p: jax.Array) -> tuple[Any, Any]:
-    top_q, top_p = jnp.max(z_q, -1, keepdims=True), jnp.max(z_p, -1, keepdims=True)
-    x_q, x_p = z_q - top_q, z_p - top_p
-    e_p = jnp.exp(x_p)
-    sum_q, sum_p = jnp.sum(jnp.exp(x_q), -1), jnp.sum(e_p, -1)
-    of_q, of_p = jnp.sum(e_p * x_q, -1) / sum_p, jnp.sum(e_p * x_p, -1) / sum_p
-    log_q, log_p = jnp.log(sum_q), jnp.log(sum_p)
-    normaliser_q, normaliser_p = log_q + top_q[..., 0], log_p + top_p[..., 0]
-    found = (of_p - of_q) + (log_q - log_p), log_p - of_p, normaliser_q
-    return found, (z_q, z_p, normaliser_q, normaliser_p)
-
-
-def _compare_backward(kept: Any, g: Any) -> tuple[jax.Array, None]:
-    z_q, z_p, normaliser_q, normaliser_p = kept
-    q, p = (jnp.exp(z - n[..., None]) for z, n in ((z_q, normaliser_q), (z_p, normaliser_p)))
-    return (g[0] + g[2])[..., None] * q - g[0][..., None] * p, None
-
-
-compare.defvjp(_compare, _compare_backward)
-
-
-def _online_terms(
-    logits_p: jax.Array, logits_q: jax.Array, targets: jax.Array, o: Objective, mean: Any
-) -> Sums:
-    kl, h_p, normaliser_q = compare(logits_q, logits_p)
-    loss = kl
-    if o.temperature != 1.0 or o.divergence != "forward_kl":
-        z_q, z_p = logits_q / o.temperature, logits_p / o.temperature
-        loss, h_p, _ = compare(z_q, z_p)
-        if o.divergence != "forward_kl":
-            loss = divergence(jax.nn.log_softmax(z_p), jax.nn.log_softmax(z_q), o)
-    h_q = h_p
-    if o.weight in ("student", "joint"):
-        h_q = entropy(jax.nn.log_softmax(logits_q / o.temperature))
-    agree = jnp.sum(
-        jnp.where(
-            (logits_p >= jnp.max(logits_p, -1, keepdims=True))
-            & (logits_q >= jnp.max(logits_q, -1, keepdims=True)),
-            1.0,
-            0.0,
-        ),
-        axis=-1,
-    )
-    return _terms(
-        loss,
-        normaliser_q - at_ids(logits_q, targets[..., None])[..., 0],
-        token_weight(h_p, h_q, mean, logits_q.shape[-1], o),
-        kl=jax.lax.stop_gradient(kl),
-        agree=jnp.minimum(agree, 1.0),
-        h_p=h_p,
-        captured=jnp.ones_like(h_p),
-        o=o,
-    )
-
-
-def _stored_terms(
-    teacher: TopK, logits_q: jax.Array, targets: jax.Array, o: Objective, mean: Any
-) -> Sums:
-    plain_q = jax.nn.log_softmax(logits_q)
-    full_q = plain_q if o.temperature == 1.0 else jax.nn.log_softmax(logits_q / o.temperature)
-    logp, logq = teacher.logp.astype(jnp.float32), at_ids(full_q, teacher.ids)
-    captured = jnp.minimum(jnp.sum(jnp.exp(logp), axis=-1), 1.0)
-    bucket_p, bucket_q = _with_tail(logp), _with_tail(logq)
-    if o.tail == "bucket":
-        loss = divergence(bucket_p, bucket_q, o)
-    elif o.tail == "renormalise":
-        loss = divergence(jax.nn.log_softmax(logp), logq, o)
-    else:
-        loss = divergence(logp, logq, o)
-    h_q = teacher.entropy
-    if o.weight in ("student", "joint"):
-        h_q = entropy(full_q)
-    top = jax.lax.stop_gradient(logq[..., 0] >= jnp.max(full_q, axis=-1))
-    return _terms(
-        loss,
-        _nll(plain_q, targets),
-        token_weight(teacher.entropy, h_q, mean, logits_q.shape[-1], o),
-        kl=jax.lax.stop_gradient(jnp.sum(jnp.exp(bucket_p) * (bucket_p - bucket_q), axis=-1)),
-        agree=top.astype(jnp.float32),
-        h_p=teacher.entropy,
-        captured=captured,
-        o=o,
-    )
-
-
-def _with_tail(logp: jax.Array) -> jax.Array:
-    """k log-probabilities -> k + 1, the last the mass that remains.
-
-    float16 storage may add up to more than 1: what is captured is held below 1 - 1e-6.
-    """
-    captured = jnp.minimum(jax.nn.logsumexp(logp, axis=-1, keepdims=True), -1e-6)
-    return jnp.concatenate([logp, jnp.log(-jnp.expm1(captured))], axis=-1)
-
-
-def _terms(
-    loss: jax.Array,
-    nll: jax.Array,
-    weight: jax.Array,
-    *,
-    kl: jax.Array,
-    agree: jax.Array,
-    h_p: jax.Array,
-    captured: jax.Array,
-    o: Objective,
-) -> Sums:
-    """T^2 keeps the gradient's size as the temperature changes (Hinton et al. 2015)."""
-    loss = o.temperature**2 * loss
-    if o.ce:  # else nll's gradient would be another pass over the logits
-        loss = (1 - o.ce) * loss + o.ce * nll
-    one = jnp.ones_like(nll)
-    return Sums(weight * loss, weight, one, jax.lax.stop_gradient(nll), kl, agree, h_p, captured)
 
 
 def teacher_topk(
