@@ -55,7 +55,7 @@ class TopK:
 class Sums:
     """Sums over the masked tokens of each row, float32 [B]."""
 
-    loss: jax.Array  # sum of w * loss: what is differentiated
+    loss: jax.Array  # sum of w * loss; its total, apart from these, is what is differentiated
     weight: jax.Array  # sum of w: what it is divided by
     tokens: jax.Array
     nll: jax.Array  # next-token cross-entropy, nats
