@@ -5,7 +5,7 @@ error while tracing, on any machine, not a silent gather on a pod.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -164,6 +164,29 @@ def rows_for_width(x_btd: jax.Array) -> jax.Array:
         in_specs=here,
         out_specs=there,
     )(x_btd)
+
+
+def on_own_heads(
+    attend: Callable[..., jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments_bt: jax.Array,
+) -> jax.Array:
+    """`attend(q, k, v, segments)`, a kernel, by each device on its own rows and heads.
+
+    q [B, T, K, G, H], k and v [B, T, K, H] -> like q.
+    """
+    if current() is None:
+        return attend(q, k, v, segments_bt)
+    place = spec(("batch", None, "heads", "groups", None), q.shape)
+    keys = spec(("batch", None, "heads", None), k.shape)
+    return jax.shard_map(
+        attend,
+        in_specs=(place, keys, keys, spec(("batch", None))),
+        out_specs=place,
+        check_vma=False,  # a kernel's outputs do not say over which axes they vary
+    )(q, k, v, segments_bt)
 
 
 def gather(weight: jax.Array, axes: Sequence[str | None]) -> jax.Array:

@@ -5,6 +5,7 @@ they begin and how long they are, so each is a sequence of its own to the kernel
 another is not a matter of a mask's rounding.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,20 +42,8 @@ def make_attention(segments_bt: jax.Array, documents: int) -> Callable[..., jax.
     """
 
     def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-            return _local(q, k, v, segments, documents)
-
-        attend = local
-        if mesh.current() is not None:
-            place = mesh.spec(("batch", None, "heads", "groups", None), q.shape)
-            keys = mesh.spec(("batch", None, "heads", None), k.shape)
-            attend = jax.shard_map(
-                local,
-                in_specs=(place, keys, keys, mesh.spec(("batch", None))),
-                out_specs=place,
-                check_vma=False,  # the kernel's outputs do not say over which axes they vary
-            )
-        return attend(q, k, v, segments_bt)
+        attend = functools.partial(_local, documents=documents)
+        return mesh.on_own_heads(attend, q, k, v, segments_bt)
 
     return attention
 

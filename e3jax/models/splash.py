@@ -49,16 +49,7 @@ def make_attention(segments_bt: jax.Array, window: int | None) -> Callable[..., 
         attend = functools.partial(_local, window=window)
         if q.dtype == jnp.float32:
             attend = _exact(attend)
-        if mesh.current() is not None:
-            place = mesh.spec(("batch", None, "heads", "groups", None), q.shape)
-            keys = mesh.spec(("batch", None, "heads", None), k.shape)
-            attend = jax.shard_map(
-                attend,
-                in_specs=(place, keys, keys, mesh.spec(("batch", None))),
-                out_specs=place,
-                check_vma=False,  # the kernel's outputs do not say over which axes they vary
-            )
-        return attend(q, k, v, segments_bt)
+        return mesh.on_own_heads(attend, q, k, v, segments_bt)
 
     return attention
 
