@@ -8,11 +8,12 @@ import transformers
 from shapes import LR, ROW, SHAPES, VOCAB, kept, timed
 
 
-def peer(options: argparse.Namespace, *details: str) -> dict:
+def peer(options: argparse.Namespace, *details: str, masks: int) -> dict:
     """transformers in bfloat16 with fused AdamW.
 
     details: compile = torch.compile; liger = its layers' kernels; checkpoint = activations made
-    again; fused = Liger's linear KL in chunks of 4096, else logits are whole; microN = rows a pass.
+    again; fused = Liger's linear KL in chunks of 4096, else logits are whole; microN = rows a pass;
+    masks: rows of a search that share a window and its dense hidden states.
     """
     if "liger" in details:
         from liger_kernel.transformers import apply_liger_kernel_to_qwen3
@@ -37,7 +38,7 @@ def peer(options: argparse.Namespace, *details: str) -> dict:
 
     torch.manual_seed(0)
     teacher = build(layers)
-    rows = options.tokens // ROW
+    rows = options.tokens // ROW // masks
     micro = next((int(d[5:]) for d in details if d.startswith("micro")), rows)
     tokens = torch.randint(0, VOCAB, (rows, ROW), device="cuda")
     loss_fn = torch_loss("fused" in details)
@@ -45,8 +46,8 @@ def peer(options: argparse.Namespace, *details: str) -> dict:
 
     def kl(student_body, student_head, dense, part):
         with torch.no_grad():
-            known = dense(part).last_hidden_state
-        found = student_body(part).last_hidden_state
+            known = dense(part).last_hidden_state.repeat_interleave(masks, 0)
+        found = student_body(part.repeat_interleave(masks, 0)).last_hidden_state
         args = (found.flatten(0, 1), student_head, known.flatten(0, 1), teacher.lm_head.weight)
         return loss_fn(*args)
 
@@ -65,6 +66,10 @@ def peer(options: argparse.Namespace, *details: str) -> dict:
         body, head, parameters = student.model, student.lm_head.weight, list(student.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LR, fused=True)
     check_peer(loss_fn, head, teacher.lm_head.weight, width)
+    # Else Dynamo takes the check's few rows and the step's many for one dynamic dimension, and
+    # Liger's own torch.compile ends in an IndexError of its guards (torch 2.11).
+    torch.compiler.reset()
+    torch.cuda.reset_peak_memory_stats()
     body, dense = wrap(body), wrap(teacher.model)
     said = None
 

@@ -8,7 +8,8 @@ quarters of the layers. Each arm runs in a process of its own without preallocat
 the greatest that its allocator had in use. An arm's KL is compared with one in float32 before it is
 timed. Share: of a bfloat16 product of 8192 x 8192 matrices in the same run, with the operations a
 model needs, none that is repeated: one forward pass is 1, causal attention a half of the square; a
-distillation is the teacher's pass and three of the student's, a search three of the dense model's.
+distillation is the teacher's pass and three of the student's, a search three of the dense model's,
+of which one is shared by M rows where M masks are drawn for a window (`masksM`).
 PyTorch arms need torch and transformers, those with Liger liger-kernel; ours need JAX for CUDA.
 """
 
@@ -42,7 +43,7 @@ def main() -> None:
             continue
         middle = statistics.median(found["seconds"])
         spread = (max(found["seconds"]) - min(found["seconds"])) / middle
-        share = options.tokens * flops_per_token(options) / middle / rate
+        share = options.tokens * flops_per_token(options, arm) / middle / rate
         print(
             f"{arm:<44}{options.tokens / middle:>10,.0f}{spread:>9.1%}{share:>8.3f}"
             f"{found['peak'] / 2**30:>7.1f}{found['first']:>9.0f}{found['kl']:>9.4f}",
@@ -56,7 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("step", choices=("distil", "search"))
     parser.add_argument("--shapes", choices=SHAPES, default="1.7b")
     parser.add_argument("--tokens", type=int, default=32_768, help="a step")
-    parser.add_argument("--arms", nargs="+", help="some of them; ours: e3jax:MICROBATCH:REMAT")
+    parser.add_argument("--arms", nargs="+", help="ours: e3jax:MICROBATCH:REMAT[:masksM]")
     parser.add_argument("--documents", type=int, default=1, help="in each of our rows")
     parser.add_argument("--chunk", type=int, default=4096, help="tokens whose logits exist")
     parser.add_argument("--profile", action="store_true", help="ours: where a step's time goes")
@@ -87,7 +88,7 @@ def measure(options: argparse.Namespace) -> dict:
     if name == "torch":
         from peer import peer
 
-        return peer(options, *details)
+        return peer(options, *details, masks=masks(details))
     return ours(options, *details)
 
 
@@ -103,7 +104,12 @@ def model_config(options: argparse.Namespace):
     )  # fmt: skip
 
 
-def flops_per_token(options: argparse.Namespace) -> float:
+def masks(details) -> int:
+    """Masks a window in a search."""
+    return next((int(d[len("masks") :]) for d in details if d.startswith("masks")), 1)
+
+
+def flops_per_token(options: argparse.Namespace, arm: str) -> float:
     from e3jax.planning import cost
 
     def forward(cfg):
@@ -111,7 +117,7 @@ def flops_per_token(options: argparse.Namespace) -> float:
 
     dense = model_config(options)
     if options.step == "search":
-        return 3 * forward(dense)
+        return (2 + 1 / masks(arm.split(":"))) * forward(dense)
     return forward(dense) + 3 * forward(dense.take_layers(kept(options)))
 
 
@@ -133,7 +139,7 @@ def matmul_rate() -> float:
 # ---------------------------------------------------------------- e3jax
 
 
-def ours(options: argparse.Namespace, micro: str = "8", remat: str = "layer") -> dict:
+def ours(options: argparse.Namespace, micro: str = "8", remat: str = "layer", *more: str) -> dict:
     """A step as the stages make it: float32 masters and moments, bfloat16 compute."""
     import jax
     import jax.numpy as jnp
@@ -149,7 +155,8 @@ def ours(options: argparse.Namespace, micro: str = "8", remat: str = "layer") ->
     from e3jax.training.optim import make_optimizer
 
     jax.config.update("jax_threefry_partitionable", True)
-    dense, rows = model_config(options), options.tokens // ROW
+    each = masks(more)
+    dense, rows = model_config(options), options.tokens // ROW // each
     rng = np.random.default_rng(0)
     segments = 1 + np.sort(rng.integers(0, options.documents, (rows, ROW)), axis=1)
     shape = (rows, ROW)
@@ -159,7 +166,10 @@ def ours(options: argparse.Namespace, micro: str = "8", remat: str = "layer") ->
         batch = mesh.shard_batch(to_batch(gather(windows, np.arange(rows)), windows))
         teacher = decoder.init_params(jax.random.key(0), dense, jnp.bfloat16)
         if options.step == "search":
-            spec = config.Search(keep=len(kept(options)), steps=100, batch=rows)
+            spec = config.Search(
+                keep=len(kept(options)), steps=100, batch=rows, masks_per_window=each,
+                microbatch=min(int(micro), rows),
+            )  # fmt: skip
             take = search.make_search_step(
                 dense, spec, seed=0, dtype=jnp.bfloat16, remat=remat, chunk=options.chunk
             )
@@ -259,7 +269,7 @@ def profile(step, synchronise) -> str:
 
 ARMS = {
     "distil": (
-        "e3jax:2:none",
+        "e3jax:4:elementwise",
         "e3jax:4:selective",
         "e3jax:8:layer",
         "torch:compile:fused",
@@ -267,11 +277,13 @@ ARMS = {
         "torch:liger:checkpoint:fused",
     ),
     "search": (
-        "e3jax:0:none",
-        "e3jax:0:selective",
-        "e3jax:0:layer",
+        "e3jax:4:elementwise",
+        "e3jax:2:elementwise",
+        "e3jax:4:selective",
         "torch:liger:fused",
         "torch:liger:checkpoint:fused",
+        "e3jax:1:elementwise:masks4",
+        "torch:liger:fused:masks4",
     ),
 }
 

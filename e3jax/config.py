@@ -115,7 +115,13 @@ class Search:
         default=0.75, gt=0, description="layers kept: a count, or a share below 1"
     )
     steps: int = Field(default=500, ge=1, description="search steps")
-    batch: int = Field(default=16, ge=1, description="windows a step; each draws its own mask")
+    batch: int = Field(default=16, ge=1, description="windows a step; each draws its own masks")
+    masks_per_window: int = Field(
+        default=1, ge=1, description="masks of a window; the dense model runs once for all of them"
+    )
+    microbatch: int | None = Field(
+        default=None, ge=1, description="windows a forward pass; divides batch"
+    )
     init: Literal["kl", "shortgpt", "zeros", "random"] = Field(
         default="kl", description="start of theta: a selector's score of each layer, or none"
     )
@@ -134,7 +140,7 @@ class Search:
         default="threshold", description="backward of straight_through"
     )
     masks: Literal["row", "batch"] = Field(
-        default="row", description="one mask a row, or one a batch"
+        default="row", description="masks of its own for each row, or one mask a batch"
     )
     tau: tuple[Positive, Positive] = Field(
         default=(4.0, 0.3), description="relaxation temperature, first and last"
@@ -158,12 +164,25 @@ class Search:
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> "Search":
         # A row's baseline is the loss of the other rows' masks.
-        if self.estimator != "straight_through" and (self.masks == "batch" or self.batch < 2):
+        few = self.batch * self.masks_per_window < 2
+        if self.estimator != "straight_through" and (self.masks == "batch" or few):
             raise ValueError(
                 f"estimator={self.estimator} compares masks: it needs masks=row and batch of 2 or"
                 f" more, not masks={self.masks} and batch={self.batch}"
             )
+        if self.masks == "batch" and self.masks_per_window > 1:
+            raise ValueError(
+                f"masks=batch is one mask for all windows: masks_per_window={self.masks_per_window}"
+                " needs masks=row"
+            )
+        if self.batch % (self.microbatch or 1):
+            raise ValueError(f"microbatch={self.microbatch} does not divide batch={self.batch}")
         return self
+
+    @property
+    def together(self) -> int:
+        """Windows of a forward pass."""
+        return self.microbatch or self.batch
 
 
 @strict

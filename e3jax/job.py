@@ -165,6 +165,7 @@ def check_batches(run: config.Run, command: str) -> None:
     """
     if run.distill.mask is None or command == "search":
         mesh.check_shared("search.batch", run.search.batch)
+        mesh.check_shared("search.microbatch", run.search.together)
     if command == "search":
         return
     mesh.check_shared("distill.batch", run.distill.batch)

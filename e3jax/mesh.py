@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
@@ -187,6 +188,16 @@ def on_own_heads(
         out_specs=place,
         check_vma=False,  # a kernel's outputs do not say over which axes they vary
     )(q, k, v, segments_bt)
+
+
+def repeat_rows(x: jax.Array, count: int) -> jax.Array:
+    """[W, ...] -> [W * count, ...], each row `count` times in a row, where it is; inside jit."""
+    if count == 1:
+        return x
+    shape = (x.shape[0] * count, *x.shape[1:])
+    each = jnp.broadcast_to(x[:, None], (x.shape[0], count, *x.shape[1:]))
+    place = None if current() is None else jax.typeof(x).sharding.spec
+    return each.reshape(shape, out_sharding=place)
 
 
 def gather(weight: jax.Array, axes: Sequence[str | None]) -> jax.Array:

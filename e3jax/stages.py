@@ -40,7 +40,8 @@ def search_mask(job_: Job) -> Mask:
     keep = search.resolve_keep(spec.keep, cfg.num_layers)
     protect, force = search.fixed_layers(spec, cfg.num_layers)
     decides = dataclasses.asdict(spec)
-    del decides["checkpoint_every"]
+    for key in ("checkpoint_every", "microbatch"):
+        del decides[key]
     inputs = job_.inputs(
         search=decides, train=job_.train.fingerprint, held_out=job_.held_out.fingerprint
     )
@@ -56,7 +57,7 @@ def search_mask(job_: Job) -> Mask:
         importance_l, spec.init, spec.init_form, spec.init_scale, seed=run.seed
     )
     figures = make_figures(cfg, cfg, dtype=job_.dtype, chunk=run.distill.chunk)
-    held_out = list(job.ordered(job_.held_out, spec.batch, spec.score_windows))
+    held_out = list(job.ordered(job_.held_out, spec.together, spec.score_windows))
     held_tokens = float(np.count_nonzero(job_.held_out.segments[: spec.score_windows]))
     take_step = search.make_search_step(
         cfg, spec, seed=run.seed, dtype=job_.dtype, remat=run.model.remat, chunk=run.distill.chunk
@@ -136,7 +137,7 @@ def search_mask(job_: Job) -> Mask:
 
 def _calibration(job_: Job) -> Iterator[decoder.Batch]:
     spec = job_.run.search
-    return job.ordered(job_.train, spec.batch, spec.init_windows)
+    return job.ordered(job_.train, spec.together, spec.init_windows)
 
 
 def kl_importance(job_: Job) -> tuple[np.ndarray, int]:

@@ -88,7 +88,7 @@ for rows, time, documents, heads, groups, width in (
         def masked(*qkv):
             return jnp.where(real, attend(jnp.int32(0), *qkv), 0)
         y, pull = jax.vjp(masked, *arrays)
-        return y, *pull(g.astype(y.dtype))
+        return y, *pull(jax.sharding.reshard(g.astype(y.dtype), jax.typeof(y).sharding))
 
     with jax.set_mesh(mesh.make_mesh(devices=jax.devices()[:1])):
         segments, real = mesh.shard_batch((np.asarray(segments), np.asarray(real)))

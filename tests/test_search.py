@@ -1,5 +1,6 @@
 """The search step against sliced models and multiplied gates; meshes; schedules; validation."""
 
+import dataclasses
 import functools
 
 import jax
@@ -175,10 +176,57 @@ def test_no_weight_has_a_gradient():
     assert not weights & set(scan_outputs(step.jaxpr))
 
 
+@pytest.mark.parametrize("masks", [2, 3])
+def test_masks_of_a_window_are_compared_with_each_other(masks):
+    """Rows of their own, window by window, of which the dense model runs once; the baseline of a
+    mask is the other masks of its window."""
+    spec, batch, params = make_spec(masks_per_window=masks), random_batch(0), params_once()
+    draw, tokens = first_draw(spec, rows=ROWS * masks), batch.mask.sum(1)[:, None]
+    keep = np.asarray(draw.keep).reshape(ROWS, masks, L)
+    sums = np.stack([row_losses(params, batch, keep[:, j], "kl") for j in range(masks)], axis=1)
+    log = np.log(sums / tokens)
+    centred = np.stack(
+        [log[:, j] - np.delete(log, j, axis=1).mean(axis=1) for j in range(masks)], axis=1
+    )
+    deviation = np.sqrt(np.mean((log - log.mean(axis=1, keepdims=True)) ** 2))
+    advantage = jnp.asarray((centred / deviation).ravel(), jnp.float32)
+    want = jax.grad(lambda t: jnp.mean(advantage * gumbel.log_prob(t, draw)))(THETA)
+
+    state, metrics = take(spec)
+    np.testing.assert_allclose(metrics["loss"], sums.sum() / tokens.sum() / masks, rtol=1e-5)
+    np.testing.assert_allclose(first_gradient(state), want, rtol=1e-3, atol=1e-4)
+    assert metrics["tokens"] == state.tokens == masks * np.sum(batch.segments > 0)
+
+
+def test_masks_of_a_window_are_rows_to_straight_through():
+    """The step of a batch in which each window stands twice."""
+    spec = make_spec(estimator="straight_through", masks_per_window=2)
+    found, metrics = take(spec)
+    twice = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), random_batch(0))
+    plain = make_spec(estimator="straight_through", batch=2 * ROWS)
+    want, want_metrics = make_step(plain)(search.init_state(THETA, plain), params_once(), twice)
+    np.testing.assert_allclose(found.gate_scale, want.gate_scale, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(found.theta, want.theta, rtol=1e-5)
+    assert metrics == pytest.approx({k: float(v) for k, v in want_metrics.items()}, rel=1e-5)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+@pytest.mark.parametrize("masks", [1, 3])
+@pytest.mark.parametrize("estimator", ["mixed", "score"])
+def test_micro_batches_give_the_whole_step(estimator, masks, micro):
+    spec = make_spec(estimator=estimator, masks_per_window=masks)
+    want, want_metrics = take(spec)
+    found, metrics = take(dataclasses.replace(spec, microbatch=micro))
+    np.testing.assert_allclose(first_gradient(found), first_gradient(want), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.gate_scale, want.gate_scale, rtol=1e-4, atol=1e-7)
+    assert metrics == pytest.approx(want_metrics, rel=1e-4)
+
+
 SPECS = {
     "score": make_spec(),
     "one-mask": make_spec(estimator="straight_through", masks="batch", relaxation="khot"),
     "mixed": make_spec(estimator="mixed"),
+    "shared": make_spec(estimator="mixed", masks_per_window=2, microbatch=4),
 }
 
 
@@ -367,3 +415,19 @@ def test_score_function_needs_masks_to_compare(estimator, changes):
     with pytest.raises(UserError, match=f"search: estimator={estimator} compares masks"):
         configure.validate({"out": "x", "search": {"estimator": estimator, **changes}}, "run.yaml")
     make_spec(estimator="straight_through", **changes)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"masks": "batch", "masks_per_window": 2}, "masks_per_window=2 needs masks=row"),
+        ({"microbatch": 3}, "microbatch=3 does not divide batch=8"),
+    ],
+)
+def test_batches_that_cannot_be(changes, message):
+    with pytest.raises(pydantic.ValidationError, match=message):
+        make_spec(estimator="straight_through", **changes)
+
+
+def test_one_window_with_two_masks_is_enough_to_compare():
+    make_spec(batch=1, masks_per_window=2)

@@ -47,8 +47,9 @@ def token_sums(
     gradient; and the sums of each row.
 
     h: student's final hidden states [B, T, D]; head: [V, D] as it is stored, whole or sharded;
-    targets int32, mask bool [B, T]. The gradient is that of h, and of the head unless frozen_head;
-    it adds up over chunks in float32.
+    targets int32, mask bool [B, T]. An online teacher may have fewer rows, each for as many of the
+    student's that follow one another. The gradient is that of h, and of the head unless
+    frozen_head; it adds up over chunks in float32.
     teacher None: next-token cross-entropy alone, which is KL from the targets. mean_entropy: H of
     the weights, nats.
     Raises UserError when the objective cannot be computed from the teacher's stored top-k.
@@ -98,9 +99,11 @@ def _scan(
     """
     teacher, axes = given.teacher, ("vocab", "embed")
     per_token: tuple[jax.Array, ...] = (h, given.targets, given.mask)
-    head_q, head_p = mesh.gather(head, axes), None
+    # In h's dtype at once: half the bytes to gather, and not made again for each chunk.
+    head_q, head_p = mesh.gather(head.astype(h.dtype), axes), None
     if isinstance(teacher, Online):
-        per_token, head_p = (*per_token, teacher.h), mesh.gather(teacher.head, axes)
+        head_p = mesh.gather(teacher.head.astype(h.dtype), axes)
+        per_token = (*per_token, teacher.h)
     elif teacher is not None:
         per_token = (*per_token, teacher.ids, teacher.logp, teacher.entropy)
 
@@ -108,6 +111,7 @@ def _scan(
         mean = given.mean_entropy
         if isinstance(teacher, Online):
             logits_p = unembed(rest[0], head_p)
+            logits_p = mesh.repeat_rows(logits_p, len(logits_q) // len(logits_p))
             found = terms.online_terms(logits_p, logits_q, targets, objective, mean)
         elif teacher is not None:
             found = terms.stored_terms(TopK(*rest), logits_q, targets, objective, mean)
@@ -130,7 +134,8 @@ def _scan(
         d_head = _product("btv,btd->vd", grad, h, mesh.unreduced(axes, head.shape))
         return (rows, d_head), d_h.astype(h.dtype)
 
-    xs = tuple(split_time(x, objective.chunk) for x in per_token)
+    size = positions(h.shape, objective.chunk)
+    xs = tuple(split_time(x, size) for x in per_token)
     shapes, _ = jax.eval_shape(chunk, tuple(x[0] for x in xs))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=_place(s)), shapes)
 
@@ -156,16 +161,21 @@ def _product(expr: str, a: jax.Array, b: jax.Array, out: Any) -> jax.Array:
     )
 
 
-def split_time(x: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] -> [count, B, size, ...], slices of at most `chunk` tokens (or one position) of
-    the rows that a device holds, the last padded with zeros.
+def positions(shape: tuple[int, ...], chunk: int) -> int:
+    """Of a row of [B, T, ...] in a slice of at most `chunk` tokens (at least one position) of the
+    rows that a device holds.
 
     Were `chunk` counted over all devices, a pod would multiply a few positions at a time.
     """
-    rows, time = x.shape[:2]
+    rows, time = shape[:2]
     set_mesh = mesh.current()
     shards = 1 if set_mesh is None else mesh.axis_size(set_mesh, mesh.BATCH)
-    size = min(time, max(1, chunk // -(-rows // shards)))
+    return min(time, max(1, chunk // -(-rows // shards)))
+
+
+def split_time(x: jax.Array, size: int) -> jax.Array:
+    """[B, T, ...] -> [count, B, size, ...], the last slice padded with zeros."""
+    rows, time = x.shape[:2]
     count = -(-time // size)
     x = jnp.pad(x, ((0, 0), (0, count * size - time)) + ((0, 0),) * (x.ndim - 2))
     shape = (rows, count, size, *x.shape[2:])
@@ -213,6 +223,6 @@ def teacher_topk(
         return ids.astype(jnp.int32), top, entropy(logp), normaliser
 
     ids, top, h_p, normaliser = (
-        join_time(x, h.shape[1]) for x in jax.lax.map(one, split_time(h, chunk))
+        join_time(x, h.shape[1]) for x in jax.lax.map(one, split_time(h, positions(h.shape, chunk)))
     )
     return ids, top, h_p, normaliser

@@ -56,7 +56,7 @@ def make_budget(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Budget:
         params_before=count_params(cfg),
         params_after=after,
         importance_tokens=searched * init_passes * search.init_windows * window,
-        search_tokens=searched * search.steps * search.batch * window,
+        search_tokens=searched * (search.steps * search.batch * search.masks_per_window * window),
         scoring_tokens=searched * (scores + search.swaps) * search.score_windows * window,
         distill_tokens=distill_tokens,
         teacher_cache_bytes=estimate_bytes(distill_tokens, distill.top_k)

@@ -23,7 +23,7 @@ from e3jax.errors import UserError
 from e3jax.models import decoder, generate
 from e3jax.models.config import ModelConfig
 from e3jax.planning.chips import Topology
-from e3jax.planning.cost import activation_bytes, decoded, student_config
+from e3jax.planning.cost import activation_bytes, decoded, searched_rows, student_config
 from e3jax.search import search
 from e3jax.training.optim import make_optimizer
 
@@ -137,10 +137,10 @@ def train_inputs(run: config.Run, cfg: ModelConfig, source_dtype: str) -> tuple[
 def search_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topology) -> Memory:
     """Memory of a search step, under the mesh that is set."""
     step, arguments = search_inputs(run, cfg, source_dtype)
-    _, params, batch = arguments
+    _, params, _ = arguments
     kept = 0
     if run.search.estimator != "score":
-        rows = rows_here(batch.tokens.shape[0])
+        rows = rows_here(searched_rows(run))
         kept = activation_bytes(run, cfg, rows, model_size(), trained=False)
     return _compile(step.trace(*arguments), topology, teacher=local_bytes(params), activations=kept)
 

@@ -115,13 +115,19 @@ def train_flops(run: config.Run, cfg: ModelConfig) -> float:
 
 
 def search_flops(run: config.Run, cfg: ModelConfig) -> float:
-    """A token of a search step: dense forward, masked forward, backward to the gates alone."""
+    """A token of a masked model: its forward pass, its share of the dense one's, backward to the
+    gates alone."""
     body, head, time = body_flops(cfg, run.data.window), head_flops(cfg), run.data.window
-    dense = run.search.loss == "kl"
+    dense = (run.search.loss == "kl") / run.search.masks_per_window
     total = body + head + (body + head) * dense
     if run.search.estimator != "score":  # weights are frozen: no products for their gradients
         total += body + head + recomputed(cfg, time, run.model.remat, gated=True)
     return total
+
+
+def searched_rows(run: config.Run) -> int:
+    """Masked models that run together in a search."""
+    return run.search.together * run.search.masks_per_window
 
 
 def student_config(run: config.Run, cfg: ModelConfig) -> ModelConfig:
@@ -207,10 +213,15 @@ def train_roofline(run: config.Run, cfg: ModelConfig, topology: Topology, mesh: 
 def search_roofline(run: config.Run, cfg: ModelConfig, topology: Topology, mesh: Mesh) -> Roofline:
     """Of a search step."""
     spec = run.search
-    tokens = -(-spec.batch // mesh.shards) * mesh.shards * run.data.window
+    windows = -(-spec.batch // mesh.shards) * mesh.shards
+    micro = spec.batch // spec.together
+    tokens = windows * run.data.window  # of the dense model
+    masked = tokens * spec.masks_per_window
     times = 1 if spec.estimator == "score" else 2 if run.model.remat == "none" else 3
-    passes = [Pass(cfg, tokens, 1, times + (spec.loss == "kl"))]
-    flops = search_flops(run, cfg) * tokens
+    passes = [Pass(cfg, masked // micro, micro, times)]
+    if spec.loss == "kl":
+        passes.append(Pass(cfg, tokens // micro, micro, 1))
+    flops = search_flops(run, cfg) * masked
     return _roofline(flops, passes, topology, mesh)
 
 

@@ -119,7 +119,7 @@ def make_plan(
         decode_step=cost.decode_roofline(run, cfg, topology, mesh),
         decode_tokens=cost.decoded(run, cfg)[1],
         decode_problems=run.evaluate.batch,
-        search_tokens=run.search.batch * run.data.window,
+        search_tokens=run.search.batch * run.search.masks_per_window * run.data.window,
         distill_tokens=run.distill.batch * run.data.window,
         stages=tuple(_stages(run, cfg, topology, mesh, counted)),
     )
@@ -138,11 +138,11 @@ def _stages(
 
     window = run.data.window
     micro = recipe.microbatch or recipe.batch
-    importance = counted.importance_tokens / (search.batch * window)
+    importance = counted.importance_tokens / (search.together * window)
     scores = counted.scoring_tokens / (search.score_windows * window)
     distill = cost.train_roofline(run, cfg, topology, mesh).seconds / 3600
     found = [
-        stage("importance", counted.importance_tokens, forward(search.batch, 1), importance),
+        stage("importance", counted.importance_tokens, forward(search.together, 1), importance),
         stage(
             "search",
             counted.search_tokens,
@@ -260,7 +260,7 @@ def describe(plan: Plan) -> str:
 
 NAMES = {"search": "search", "distill": "distillation", "decode": "decoding"}
 LESS = {
-    "search": "search.batch",
+    "search": "search.microbatch",
     "distill": "distill.microbatch",
     "decode": "evaluate.batch or evaluate.max_new_tokens",
 }

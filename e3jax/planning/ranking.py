@@ -129,7 +129,7 @@ def estimate(
     distill = 3 * wide + gradients + (0 if recipe.teacher == "cache" else dense)
     distill += cost.activation_bytes(run, student, rows, sizes.model, trained=True)
     distill += _work_space(run, cfg, topology, rows, sizes.model)
-    rows, search = -(-run.search.batch // sizes.shards), dense
+    rows, search = -(-cost.searched_rows(run) // sizes.shards), dense
     if run.search.estimator != "score":
         search += cost.activation_bytes(run, cfg, rows, sizes.model, trained=False)
     search += _work_space(run, cfg, topology, rows, sizes.model)

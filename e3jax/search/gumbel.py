@@ -140,21 +140,23 @@ def log_prob(theta_l: jax.Array, draw: Draw) -> jax.Array:
     return jnp.sum(jnp.where(draw.keep & draw.competes, theta - rest, 0.0), axis=-1)
 
 
-def advantage(loss_b: jax.Array, weight_b: jax.Array) -> jax.Array:
-    """Standardised log loss with a leave-one-out baseline, float32 [B], from each row's sums.
+def advantage(loss: jax.Array, weight: jax.Array) -> jax.Array:
+    """Standardised log loss with a leave-one-out baseline, float32, from the sums of rows that are
+    compared over the last axis: [B], or [W, M] of M masks for each of W windows.
 
-    The baseline of a row is the mean log loss of the other rows, so it does not depend on the row's
+    The baseline of a row is the mean log loss of the others, so it does not depend on the row's
     own mask and the estimate stays unbiased; (x_b - mean of the others) = B / (B - 1) (x_b - mean).
-    The division by the standard deviation over rows is a common positive factor, which fixes the
-    gradient's size and not its direction. Rows without loss tokens, or whose loss is not finite,
-    get 0 and count in nobody's baseline.
+    The division by the standard deviation over all rows is a common positive factor, which fixes
+    the gradient's size and not its direction. Rows without loss tokens, or whose loss is not
+    finite, get 0 and count in nobody's baseline.
     """
-    counted = (weight_b > 0) & jnp.isfinite(loss_b)
-    rows = jnp.maximum(jnp.sum(counted), 1)
-    mean_loss = jnp.where(counted, loss_b / jnp.where(counted, weight_b, 1.0), 1.0)
+    counted = (weight > 0) & jnp.isfinite(loss)
+    rows = jnp.maximum(jnp.sum(counted, axis=-1, keepdims=True), 1)
+    mean_loss = jnp.where(counted, loss / jnp.where(counted, weight, 1.0), 1.0)
     log_loss = jnp.where(counted, jnp.log(jnp.maximum(mean_loss, LOSS_FLOOR)), 0.0)
-    centred = jnp.where(counted, log_loss - jnp.sum(log_loss) / rows, 0.0)
-    deviation = jnp.sqrt(jnp.sum(centred**2) / rows)
+    mean = jnp.sum(log_loss, axis=-1, keepdims=True) / rows
+    centred = jnp.where(counted, log_loss - mean, 0.0)
+    deviation = jnp.sqrt(jnp.sum(centred**2) / jnp.maximum(jnp.sum(counted), 1))
     return centred * rows / jnp.maximum(rows - 1, 1) / jnp.maximum(deviation, 1e-3)
 
 

@@ -1,10 +1,12 @@
 """Stage 1: the differentiable search of a layer mask (E3-Pruner, arXiv 2511.17205).
 
-theta [L] scores the layers; each step draws one exact Gumbel-TopK mask a row of the batch, runs the
-masked model against the dense one, and moves theta by a gradient estimator. Weights are frozen
-and never differentiated. The current answer is scored on held-out windows and the best one is kept.
+theta [L] scores the layers; each step draws exact Gumbel-TopK masks for each window of the batch,
+runs the masked models against the dense one, and moves theta by a gradient estimator. Weights are
+frozen and never differentiated. The current answer is scored on held-out windows and the best one
+is kept.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -109,59 +111,78 @@ def make_search_step(
     protect, force = fixed_layers(spec, cfg.num_layers)
     optimizer = make_theta_optimizer(spec)
     objective = losses.Objective(chunk=chunk)
+    masks = spec.masks_per_window
 
-    def row_sums(
-        params: Params, batch: Batch, gates_bl: jax.Array, dense: jax.Array | None
-    ) -> tuple[jax.Array, losses.Sums]:
-        h = decoder.hidden(params, batch, cfg, dtype=dtype, gates_bl=gates_bl, remat=remat)
-        w = decoder.head(params, cfg)
-        teacher = None if dense is None else losses.Online(dense, w)
+    def sums_fn(params: Params, windows: Batch, gates_wml: jax.Array) -> tuple[jax.Array, Any]:
+        """Loss and sums of the masked models [W * M]; the dense one runs once for a window."""
+        head, teacher = decoder.head(params, cfg), None
+        if spec.loss == "kl":
+            dense = decoder.hidden(params, windows, cfg, dtype=dtype, remat="none")
+            teacher = losses.Online(dense, head)
+        batch = jax.tree.map(lambda x: mesh.repeat_rows(x, masks), windows)
+        gates = gates_wml.reshape(-1, cfg.num_layers, out_sharding=mesh.out(("batch", None)))
+        h = decoder.hidden(params, batch, cfg, dtype=dtype, gates_bl=gates, remat=remat)
         return losses.token_sums(
-            h, w, batch.targets, batch.mask, teacher, objective, frozen_head=True
+            h, head, batch.targets, batch.mask, teacher, objective, frozen_head=True
         )
+
+    def run(params: Params, micro: tuple[Batch, jax.Array]) -> tuple[jax.Array, Any]:
+        """The loss's gradient in the gates [W, M, L], and the sums of each row [W, M]."""
+        windows, gates = micro
+        loss_fn = functools.partial(sums_fn, params, windows)
+        if spec.estimator == "score":
+            slope, (_, sums) = jnp.zeros_like(gates), loss_fn(gates)
+        else:
+            slope, sums = jax.grad(loss_fn, has_aux=True)(gates)
+        place = mesh.out(("batch", None))
+        return slope, jax.tree.map(lambda x: x.reshape(-1, masks, out_sharding=place), sums)
 
     def step(state: SearchState, params: Params, batch: Batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         k = gumbel.curriculum(state.step, spec.steps, spec.curriculum, cfg.num_layers, keep)
         tau = gumbel.temperature(state.step, spec.steps, spec.tau)
-        rows = batch.tokens.shape[0]
-        dense = None
-        if spec.loss == "kl":
-            dense = decoder.hidden(params, batch, cfg, dtype=dtype, remat="none")
+        count = batch.tokens.shape[0]
 
-        def masked(theta: jax.Array) -> tuple[jax.Array, Any]:
-            draws = 1 if spec.masks == "batch" else rows
+        def draw_gates(theta: jax.Array) -> tuple[jax.Array, gumbel.Draw]:
+            draws = 1 if spec.masks == "batch" else count * masks
             draw = gumbel.sample(key, theta, k, draws, protect, force)
             if spec.estimator == "score":
                 gates = draw.keep.astype(jnp.float32)
             else:
                 gates = gumbel.straight_through(draw, tau, spec.relaxation)
-            gates = jnp.broadcast_to(gates, (rows, cfg.num_layers))
+            gates = jnp.broadcast_to(gates, (count * masks, cfg.num_layers))
+            gates = gates.reshape(count, masks, cfg.num_layers)
             if mesh.current() is not None:
-                gates = jax.sharding.reshard(gates, mesh.spec(("batch", None)))
-            loss, sums = row_sums(params, batch, gates, dense)
-            mean = loss / jnp.maximum(jnp.sum(sums.weight), 1.0)
-            return mean, (draw, sums)
+                gates = jax.sharding.reshard(gates, mesh.spec(("batch", None, None)))
+            return gates, draw
 
-        if spec.estimator == "score":
-            loss, (draw, sums) = masked(state.theta)
-            through = jnp.zeros_like(state.theta)
+        gates, pull, draw = jax.vjp(draw_gates, state.theta, has_aux=True)
+        parts = count // spec.together
+        if parts == 1:
+            slope, sums = run(params, (batch, gates))
         else:
-            (loss, (draw, sums)), through = jax.value_and_grad(masked, has_aux=True)(state.theta)
-        gate_scale = state.gate_scale
+            micros = optim.split_microbatches((batch, gates), parts)
+            found = jax.lax.map(functools.partial(run, params), micros)
+            slope, sums = optim.join_microbatches(found)
+        weight = jnp.maximum(jnp.sum(sums.weight), 1.0)
+        through, gate_scale = jnp.zeros_like(state.theta), state.gate_scale
         if spec.estimator != "score":
+            (through,) = pull(slope / weight)
             through, gate_scale = _normalise(through, gate_scale, state.step)
         grad = through
         if spec.estimator != "straight_through":
-            advantage = gumbel.advantage(sums.loss, sums.weight)
+            flat = functools.partial(jnp.ravel, out_sharding=mesh.out(("batch",)))
+            # Masks of one window are compared with each other: windows differ more than masks do.
+            rows = (sums.loss, sums.weight) if masks > 1 else map(flat, (sums.loss, sums.weight))
+            advantage = flat(gumbel.advantage(*rows))
             grad = gumbel.score_gradient(state.theta, draw, advantage)
             if spec.estimator == "mixed":
                 grad = grad + through * _norm(grad) / jnp.maximum(_norm(through), 1e-12)
         theta, opt_state, norm, finite = optim.update(optimizer, grad, state.opt_state, state.theta)
         gate_scale = jnp.where(finite, gate_scale, state.gate_scale)
-        tokens = jnp.sum(batch.segments > 0).astype(jnp.float32)
+        tokens = masks * jnp.sum(batch.segments > 0).astype(jnp.float32)
         metrics = {
-            "loss": loss,
+            "loss": jnp.sum(sums.loss) / weight,
             "removed": (cfg.num_layers - k).astype(jnp.float32),
             "tau": tau,
             "grad_norm": norm,

@@ -69,6 +69,17 @@ def split_microbatches(batch: Tree, count: int) -> Tree:
     return jax.tree.map(split, batch)
 
 
+def join_microbatches(parts: Tree) -> Tree:
+    """What `split_microbatches` took apart, put together: [count, b, ...] -> [count * b, ...]."""
+
+    def join(x: jax.Array) -> jax.Array:
+        place = mesh.out(("batch",) + (None,) * (x.ndim - 2))
+        x = jnp.swapaxes(x, 0, 1)
+        return x.reshape(-1, *x.shape[2:], out_sharding=place)
+
+    return jax.tree.map(join, parts)
+
+
 def accumulate(
     sums_fn: Callable[[Tree, Tree], Any], params: Tree, batch: Tree, count: int
 ) -> tuple[Tree, Any]:
