@@ -190,6 +190,14 @@ def on_own_heads(
     )(q, k, v, segments_bt)
 
 
+def is_sharded(x: jax.Array, axis: int) -> bool:
+    """Whether devices have parts of this axis of an array, inside jit."""
+    set_mesh = current()
+    if set_mesh is None:
+        return False
+    return axis_size(set_mesh, jax.typeof(x).sharding.spec[axis]) > 1
+
+
 def repeat_rows(x: jax.Array, count: int) -> jax.Array:
     """[W, ...] -> [W * count, ...], each row `count` times in a row, where it is; inside jit."""
     if count == 1:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from e3jax import mesh
-from e3jax.distill import losses
+from e3jax.distill import losses, terms
 from e3jax.distill.losses import Objective, Online, TopK
 from e3jax.errors import UserError
 
@@ -147,6 +147,32 @@ def test_chunked_equals_dense(case):
     np.testing.assert_allclose(g_head, d_head, rtol=2e-4, atol=5e-5)
     np.testing.assert_array_equal(np.asarray(g_h)[~x["mask"]], 0.0)
     np.testing.assert_array_equal(found.tokens, x["mask"].sum(1))
+
+
+@pytest.mark.parametrize("sums", [terms.one_pass, terms.two_passes])
+@pytest.mark.parametrize("size,offset", [(1, 0), (30, 0), (3, 1000), (3, -1000)])
+def test_comparison_of_logits(sums, size, offset):
+    """In either number of passes what float64 says, wherever the greatest logit lies, and no more
+    than rounding from a KL of 0."""
+    rng = np.random.default_rng(0)
+    z_q, z_p = (rng.normal(size=(2, 9, 200)) * size + offset).astype(np.float32)
+    z_p[0], z_p[1, [3, 7]] = z_q[0], 5 * size + offset  # equal logits; two that are greatest
+    z_q[1, [3, 8]] = 5 * size + offset
+    targets = rng.integers(0, 200, 9).astype(np.int32)
+    found, normalisers = jax.jit(sums)(z_q, z_p, targets)
+    wide_q, wide_p = z_q.astype(np.float64), z_p.astype(np.float64)
+    lse_q, lse_p = (np.logaddexp.reduce(z, -1) for z in (wide_q, wide_p))
+    logq, logp = wide_q - lse_q[:, None], wide_p - lse_p[:, None]
+    kl, entropy = np.sum(np.exp(logp) * (logp - logq), -1), -np.sum(np.exp(logp) * logp, -1)
+    near = {"rtol": 1e-5, "atol": 1e-6 * size}
+    np.testing.assert_allclose(found.kl, kl, **near)
+    np.testing.assert_allclose(found.entropy, entropy, **near)
+    np.testing.assert_allclose(found.nll, -logq[np.arange(9), targets], **near)
+    np.testing.assert_allclose(normalisers, (lse_q, lse_p), rtol=1e-6)
+    assert found.kl[0] == 0
+    agree = z_q.argmax(-1) == z_p.argmax(-1)
+    assert agree[:2].all()
+    np.testing.assert_array_equal(found.agree, agree)
 
 
 def test_any_chunk_size_gives_the_same():
