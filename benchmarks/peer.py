@@ -4,8 +4,7 @@ import argparse
 import copy
 
 import torch
-import transformers
-from shapes import LR, ROW, SHAPES, VOCAB, kept, timed
+from arms import LR, ROW, SHAPES, VOCAB, build_peer, depth, kept, timed
 
 
 def peer(options: argparse.Namespace, *details: str, masks: int) -> dict:
@@ -21,23 +20,10 @@ def peer(options: argparse.Namespace, *details: str, masks: int) -> dict:
         apply_liger_kernel_to_qwen3(
             rope=True, rms_norm=True, swiglu=True, fused_linear_cross_entropy=False
         )
-    layers, width, mlp, heads, kv_heads, tied = SHAPES[options.shapes]
-
-    def build(count: int):
-        cfg = transformers.Qwen3Config(
-            hidden_size=width, intermediate_size=mlp, num_hidden_layers=count,
-            num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=128,
-            vocab_size=VOCAB, tie_word_embeddings=tied, max_position_embeddings=40_960,
-            use_cache=False,
-        )  # fmt: skip
-        with torch.device("cuda"):
-            model = transformers.AutoModelForCausalLM.from_config(
-                cfg, dtype=torch.bfloat16, attn_implementation="sdpa"
-            )
-        return model.eval().requires_grad_(False)
-
+    layers, width = depth(options.shapes, options.layers), SHAPES[options.shapes][1]
+    keep = kept(layers)
     torch.manual_seed(0)
-    teacher = build(layers)
+    teacher = build_peer(options.shapes, layers)
     rows = options.tokens // ROW // masks
     micro = next((int(d[5:]) for d in details if d.startswith("micro")), rows)
     tokens = torch.randint(0, VOCAB, (rows, ROW), device="cuda")
@@ -55,8 +41,8 @@ def peer(options: argparse.Namespace, *details: str, masks: int) -> dict:
         body, parameters = masked_model(teacher.model, "checkpoint" in details)
         head = teacher.lm_head.weight
     else:
-        student = build(len(kept(options)))
-        picked = torch.nn.ModuleList(teacher.model.layers[i] for i in kept(options))
+        student = build_peer(options.shapes, len(keep))
+        picked = torch.nn.ModuleList(teacher.model.layers[i] for i in keep)
         student.model.layers.load_state_dict(picked.state_dict())
         for name in ("embed_tokens", "norm"):
             getattr(student.model, name).load_state_dict(getattr(teacher.model, name).state_dict())

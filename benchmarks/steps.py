@@ -14,39 +14,38 @@ PyTorch arms need torch and transformers, those with Liger liger-kernel; ours ne
 """
 
 import argparse
+import contextlib
 import dataclasses
-import json
-import os
+import itertools
 import pathlib
 import statistics
-import subprocess
 import sys
+import tempfile
+import time
 
-ROOT = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from shapes import LR, ROW, SHAPES, VOCAB, kept, timed  # noqa: E402
+from arms import LR, ROW, SHAPES, VOCAB, give, kept, middle, model_config, run_arm, timed
 
 
 def main() -> None:
     options = parse()
     if options.arm is not None:  # in its own process
-        print("RESULT " + json.dumps(measure(options)), flush=True)
-        return
-    rate = child(options, "matmul")["rate"]
+        return give(measure(options))
+    arguments = sys.argv[1:]
+    rate = run_arm(__file__, arguments, "matmul")["rate"]
     print(f"bfloat16 8192^3: {rate / 1e12:.0f} TFLOP/s", flush=True)
-    print(f"{'arm':<44}{'tokens/s':>10}{'spread':>9}{'share':>8}{'GiB':>7}{'first s':>9}{'KL':>9}")
+    heads = f"{'arm':<44}{'tokens/s':>10}{'spread':>9}{'share':>8}{'GiB':>7}{'first s':>9}"
+    print(f"{heads}{'KL':>9}{'waited':>8}")
     for arm in options.arms or ARMS[options.step]:
-        found = child(options, arm)
+        found = run_arm(__file__, arguments, arm)
         if "error" in found:
             print(f"{arm:<44}  {found['error']}", flush=True)
             continue
-        middle = statistics.median(found["seconds"])
-        spread = (max(found["seconds"]) - min(found["seconds"])) / middle
-        share = options.tokens * flops_per_token(options, arm) / middle / rate
+        median, spread = middle(found["seconds"])
+        share = options.tokens * flops_per_token(options, arm) / median / rate
         print(
-            f"{arm:<44}{options.tokens / middle:>10,.0f}{spread:>9.1%}{share:>8.3f}"
-            f"{found['peak'] / 2**30:>7.1f}{found['first']:>9.0f}{found['kl']:>9.4f}",
+            f"{arm:<44}{options.tokens / median:>10,.0f}{spread:>9.1%}{share:>8.3f}"
+            f"{found['peak'] / 2**30:>7.1f}{found['first']:>9.0f}{found['kl']:>9.4f}"
+            f"{found.get('waited', 0):>8.1%}",
             flush=True,
         )
         print(found.get("profile", ""), end="", flush=True)
@@ -56,28 +55,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("step", choices=("distil", "search"))
     parser.add_argument("--shapes", choices=SHAPES, default="1.7b")
+    parser.add_argument("--layers", type=int, help="of the dense model, instead of its own")
     parser.add_argument("--tokens", type=int, default=32_768, help="a step")
-    parser.add_argument("--arms", nargs="+", help="ours: e3jax:MICROBATCH:REMAT[:masksM]")
+    parser.add_argument("--arms", nargs="+", help="ours: e3jax:MICROBATCH:REMAT[:masksM][:cache]")
     parser.add_argument("--documents", type=int, default=1, help="in each of our rows")
     parser.add_argument("--chunk", type=int, default=4096, help="tokens whose logits exist")
     parser.add_argument("--profile", action="store_true", help="ours: where a step's time goes")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def child(options: argparse.Namespace, arm: str) -> dict:
-    """What an arm measured, in a process that has the GPU for itself."""
-    environment = os.environ | {
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-    }
-    command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line[len("RESULT ") :])
-    lines = [line for line in done.stderr.splitlines() if "Error" in line or "memory" in line]
-    return {"error": (lines or done.stderr.splitlines() or ["nothing was said"])[-1][:200]}
 
 
 def measure(options: argparse.Namespace) -> dict:
@@ -92,18 +77,6 @@ def measure(options: argparse.Namespace) -> dict:
     return ours(options, *details)
 
 
-def model_config(options: argparse.Namespace):
-    """e3jax's ModelConfig of the dense model."""
-    from e3jax.models.config import ModelConfig
-
-    layers, width, mlp, heads, kv_heads, tied = SHAPES[options.shapes]
-    return ModelConfig(
-        family="qwen3", num_layers=layers, width=width, mlp_width=mlp, num_heads=heads,
-        num_kv_heads=kv_heads, head_dim=128, vocab_size=VOCAB, max_position=40_960, norm_eps=1e-6,
-        tied=tied, windows=(None,) * layers, qk_norm=True,
-    )  # fmt: skip
-
-
 def masks(details) -> int:
     """Masks a window in a search."""
     return next((int(d[len("masks") :]) for d in details if d.startswith("masks")), 1)
@@ -115,10 +88,11 @@ def flops_per_token(options: argparse.Namespace, arm: str) -> float:
     def forward(cfg):
         return cost.body_flops(cfg, ROW) + cost.head_flops(cfg)
 
-    dense = model_config(options)
+    dense = model_config(options.shapes, options.layers)
     if options.step == "search":
         return (2 + 1 / masks(arm.split(":"))) * forward(dense)
-    return forward(dense) + 3 * forward(dense.take_layers(kept(options)))
+    taught = 0 if arm.endswith("cache") else forward(dense)
+    return taught + 3 * forward(dense.take_layers(kept(dense.num_layers)))
 
 
 def matmul_rate() -> float:
@@ -140,81 +114,148 @@ def matmul_rate() -> float:
 
 
 def ours(options: argparse.Namespace, micro: str = "8", remat: str = "layer", *more: str) -> dict:
-    """A step as the stages make it: float32 masters and moments, bfloat16 compute."""
+    """A step as the stages make it: float32 masters and moments, bfloat16 compute.
+
+    more: masksM, or cache: the teacher's top 10 from a cache on this disk, read ahead.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from e3jax import config, mesh
-    from e3jax.data.batches import gather
+    from e3jax import mesh
     from e3jax.data.windows import Windows
-    from e3jax.distill import distill, losses
-    from e3jax.job import to_batch
     from e3jax.models import decoder
-    from e3jax.search import search
-    from e3jax.training.optim import make_optimizer
 
     jax.config.update("jax_threefry_partitionable", True)
-    each = masks(more)
-    dense, rows = model_config(options), options.tokens // ROW // each
+    dense = model_config(options.shapes, options.layers)
+    rows = options.tokens // ROW // masks(more)
     rng = np.random.default_rng(0)
-    segments = 1 + np.sort(rng.integers(0, options.documents, (rows, ROW)), axis=1)
-    shape = (rows, ROW)
+    shape = (rows * (4 if "cache" in more else 1), ROW)
+    segments = 1 + np.sort(rng.integers(0, options.documents, shape), axis=1)
     tokens = rng.integers(0, VOCAB, shape, dtype=np.int32)
-    windows = Windows(tokens, segments.astype(np.int32), np.ones(shape, bool), {}, "")
-    with jax.set_mesh(mesh.make_mesh()):
-        batch = mesh.shard_batch(to_batch(gather(windows, np.arange(rows)), windows))
-        teacher = decoder.init_params(jax.random.key(0), dense, jnp.bfloat16)
-        if options.step == "search":
-            spec = config.Search(
-                keep=len(kept(options)), steps=100, batch=rows, masks_per_window=each,
-                microbatch=min(int(micro), rows),
-            )  # fmt: skip
-            take = search.make_search_step(
-                dense, spec, seed=0, dtype=jnp.bfloat16, remat=remat, chunk=options.chunk
-            )
-            state = mesh.replicate(search.init_state(jnp.zeros(dense.num_layers), spec))
-            inputs = (teacher, batch)
-            figure = "loss"
-        else:
-            recipe = config.Distill(
-                steps=100, batch=rows, microbatch=min(int(micro), rows), chunk=options.chunk,
-                optimizer=config.Optimizer(lr=LR),
-            )  # fmt: skip
-            student = dense.take_layers(kept(options))
-            optimizer = make_optimizer(recipe.optimizer, recipe.steps)
-            take = distill.make_train_step(
-                student, recipe, optimizer, teacher_cfg=dense, dtype=jnp.bfloat16, remat=remat
-            )
-            start = decoder.take_layers(teacher, kept(options))
-            state = distill.init_state(start, optimizer, 11.0)
-            inputs = (teacher, batch, None)
-            figure = "kl"
-            check_ours(start, student, teacher, dense, batch, losses, decoder)
-        del tokens
-        said = {}
+    windows = Windows(tokens, segments.astype(np.int32), np.ones(shape, bool), {}, "random")
+    with jax.set_mesh(mesh.make_mesh()), contextlib.ExitStack() as stack:
+        params = decoder.init_params(jax.random.key(0), dense, jnp.bfloat16)
+        make = search_arm if options.step == "search" else distil_arm
+        given = options, dense, params, windows, rows, int(micro), remat, more, stack
+        take, state, inputs, figure = make(*given)
+        del params
+        said, waited = {}, 0.0
 
         def step():
-            nonlocal state, said
-            state, said = take(state, *inputs)
+            nonlocal state, said, waited
+            begun = time.perf_counter()
+            arrays = next(inputs)
+            waited += time.perf_counter() - begun
+            state, said = take(state, *arrays)
 
+        begun = time.perf_counter()
         first, seconds = timed(step, lambda: jax.block_until_ready(said))
         found = {
             "first": first,
             "seconds": seconds,
             "peak": jax.local_devices()[0].memory_stats()["peak_bytes_in_use"],
             "kl": float(said[figure]),
+            "waited": waited / (time.perf_counter() - begun),
         }
         if options.profile:
             found["profile"] = profile(step, lambda: jax.block_until_ready(said))
     return found
 
 
-def check_ours(student, cfg, teacher, dense, batch, losses, decoder) -> None:
+def search_arm(options, dense, params, windows, rows, micro, remat, more, stack):
+    """(step, state, its other arguments, which metric is the loss)."""
+    import jax.numpy as jnp
+
+    from e3jax import config, mesh
+    from e3jax.search import search
+
+    spec = config.Search(
+        keep=len(kept(dense.num_layers)), steps=100, batch=rows, masks_per_window=masks(more),
+        microbatch=min(micro, rows),
+    )  # fmt: skip
+    take = search.make_search_step(
+        dense, spec, seed=0, dtype=jnp.bfloat16, remat=remat, chunk=options.chunk
+    )
+    state = mesh.replicate(search.init_state(jnp.zeros(dense.num_layers), spec))
+    return take, state, itertools.repeat((params, whole_batch(windows, rows))), "loss"
+
+
+def distil_arm(options, dense, params, windows, rows, micro, remat, more, stack):
+    import jax.numpy as jnp
+
+    from e3jax import config
+    from e3jax.distill import distill
+    from e3jax.models import decoder
+    from e3jax.training.optim import make_optimizer
+
+    keep = kept(dense.num_layers)
+    recipe = config.Distill(
+        steps=100, batch=rows, microbatch=min(micro, rows), chunk=options.chunk,
+        optimizer=config.Optimizer(lr=LR), teacher="cache" if "cache" in more else "online",
+    )  # fmt: skip
+    student = dense.take_layers(keep)
+    optimizer = make_optimizer(recipe.optimizer, recipe.steps)
+    take = distill.make_train_step(
+        student, recipe, optimizer, teacher_cfg=dense, dtype=jnp.bfloat16, remat=remat
+    )
+    start = decoder.take_layers(params, keep)
+    state = distill.init_state(start, optimizer, 11.0)
+    if "cache" in more:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        return take, state, stored_batches(windows, rows, recipe.top_k, folder), "kl"
+    batch = whole_batch(windows, rows)
+    check_ours(start, student, params, dense, batch)
+    return take, state, itertools.repeat((params, batch, None)), "kl"
+
+
+def whole_batch(windows, rows):
+    import numpy as np
+
+    from e3jax import mesh
+    from e3jax.data.batches import gather
+    from e3jax.job import to_batch
+
+    return mesh.shard_batch(to_batch(gather(windows, np.arange(rows)), windows))
+
+
+def stored_batches(windows, rows, k, folder):
+    """A step's arguments without a teacher's parameters: batches, and a random teacher's top k read
+    from a cache in `folder`, ahead of the step as a stage does."""
+    import numpy as np
+
+    from e3jax import mesh
+    from e3jax.data.batches import gather, prefetch
+    from e3jax.data.teacher import TeacherCache, open_cache
+    from e3jax.job import to_batch
+    from e3jax.teaching import Stored
+
+    rng, facts = np.random.default_rng(1), (windows, k, 1.0, "random")
+    cache = TeacherCache.create(folder, *facts)
+    for index in np.arange(len(windows)).reshape(-1, rows):
+        z = -np.sort(-rng.normal(size=(rows, ROW, k)), axis=-1)
+        logp = z - np.logaddexp.reduce(z, axis=-1, keepdims=True) - 0.1
+        ids = rng.integers(0, VOCAB - k, (rows, ROW, 1)) + np.arange(k)
+        cache.write(index, ids, logp, np.full((rows, ROW), 2.0), np.full((rows, ROW), 9.0))
+    cache.finish(windows)
+    cache = open_cache(folder, *facts)
+
+    def read(step: int):
+        arrays = gather(windows, (step * rows + np.arange(rows)) % len(windows))
+        return to_batch(arrays, windows), Stored.rows(cache, arrays["index"])
+
+    for _, (batch, stored) in prefetch(read, 0, 1000):
+        yield None, *mesh.shard_batch((batch, stored))
+
+
+def check_ours(student, cfg, teacher, dense, batch) -> None:
     """The KL of 256 tokens in bfloat16 is that in float32 by the textbook, within 2 %."""
     import jax
     import jax.numpy as jnp
     import numpy as np
+
+    from e3jax.distill import losses
+    from e3jax.models import decoder
 
     few = dataclasses.replace(jax.tree.map(lambda x: x[:1, :256], batch), documents=batch.documents)
 

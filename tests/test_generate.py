@@ -106,6 +106,36 @@ def test_answers_are_those_of_transformers(tmp_path, family, changes):
     assert ours(folder, prompts) == expected
 
 
+@pytest.mark.parametrize("case", ["qwen2", "windows"])
+def test_layers_apart_give_the_same_answers(tmp_path, case, monkeypatch):
+    """As they are on GPUs, where a stack's weights would be copied for each token."""
+    family, changes = CASES[case]
+    folder = save_tiny(tmp_path, family, **changes)
+    prompts = random_prompts()
+    stacked = ours(folder, prompts)
+    monkeypatch.setattr(mesh, "platform", lambda: "gpu")
+    cfg, params = loaded(folder)
+    greedy = make_greedy(cfg, dtype=jnp.float32, max_new_tokens=NEW, eos=())
+    weights = greedy.prepare(params)
+    assert (
+        len(weights["layers"])
+        == cfg.num_layers
+        == len(greedy.begin(weights, *left_pad(prompts, 32)).cache)
+    )
+    assert list(generate(greedy, params, prompts, 8)) == stacked
+
+
+def test_weights_are_cast_once_but_norms(tmp_path):
+    """In bfloat16, from float32 masters: what is multiplied is what a layer would cast."""
+    cfg, params = loaded(save_tiny(tmp_path, "qwen2"))
+    weights = make_greedy(cfg, dtype=jnp.bfloat16, max_new_tokens=4, eos=()).prepare(params)
+    for path, w in jax.tree_util.tree_leaves_with_path(weights):
+        name = path[-1].key
+        assert w.dtype == (jnp.float32 if name.endswith("norm") else jnp.bfloat16), name
+    again = make_greedy(cfg, dtype=jnp.bfloat16, max_new_tokens=4, eos=()).prepare(weights)
+    assert again is weights  # nothing to cast, so nothing is copied
+
+
 def test_decoding_past_the_context_of_a_dynamic_rope(tmp_path):
     """Each row stretches by its own length, as it does alone."""
     rope = {"rope_type": "dynamic", "factor": 4.0}

@@ -14,6 +14,7 @@ import transformers
 from matplotlib.image import imread
 
 from e3jax import cli, files, outputs
+from e3jax.data.batches import prefetch
 from e3jax.distill import distill
 from e3jax.evaluate import exact
 from e3jax.hf import aside
@@ -349,3 +350,31 @@ def test_curves_leave_out_what_has_no_place(tmp_path):
     series = {"a": ([0, 1, 2], [1.0, float("nan"), 0.1]), "b": ([0, 1], [0.0, -1.0]), "c": ([], [])}
     plots.curves(tmp_path / "c.png", series, xlabel="x", ylabel="y", title="t")
     assert_drawn(tmp_path / "c.png")
+
+
+def test_nothing_compiles_after_the_first_step(place, tmp_path, monkeypatch):
+    """Neither steps nor, once the first was done, the evaluations between them."""
+    events: list[tuple[str, object]] = []
+
+    def heard(name: str, *_, **__):
+        if name == "/jax/core/compile/backend_compile_duration":
+            events.append(("compiled", None))
+
+    def marked(batches, start, stop):
+        events.append(("begun", None))
+        for step, batch in prefetch(batches, start, stop):
+            events.append(("step", step))
+            yield step, batch
+        events.append(("ended", None))
+
+    monkeypatch.setattr(loop, "prefetch", marked)
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        assert command(place, "run", f"out={tmp_path / 'out'}") == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
+    assert ("compiled", None) in events and events.count(("ended", None)) == 3
+    running = False
+    for kind, step in events:
+        running = (running or step == 1) and kind != "ended"
+        assert not (running and kind == "compiled"), events

@@ -211,10 +211,10 @@ def embed(params: Params, tokens: jax.Array, dtype: Any) -> jax.Array:
     return mesh.rows_for_width(h)
 
 
-def window_kinds(cfg: ModelConfig) -> tuple[tuple[int | None, ...], jax.Array]:
-    """The distinct sliding windows of the model, and which of them each layer uses, int32 [L]."""
+def window_kinds(cfg: ModelConfig) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
+    """The distinct sliding windows of the model, and which of them each of the L layers uses."""
     kinds = tuple(dict.fromkeys(cfg.windows))
-    return kinds, jnp.asarray([kinds.index(w) for w in cfg.windows], jnp.int32)
+    return kinds, tuple(kinds.index(window) for window in cfg.windows)
 
 
 def hidden(
@@ -240,7 +240,8 @@ def hidden(
     """
     assert gates_bl is None or layer_ids is None, "gates are for the whole stack"
     cos_sin = rope.angles(batch.positions, cfg.rope, cfg.head_dim)
-    kinds, kind_l = window_kinds(cfg)
+    kinds, kind_of = window_kinds(cfg)
+    kind_l = jnp.asarray(kind_of, jnp.int32)
     attend = make_attention(batch.segments, kinds, cfg.head_dim, dtype, batch.documents)
     gates_lb = None if gates_bl is None else gates_bl.T
 

@@ -15,12 +15,11 @@ import numpy as np
 
 from e3jax import mesh, processes
 from e3jax.models import decoder, rope
-from e3jax.models.attention import attend, causal_mask, make_attention, select_mask
+from e3jax.models.attention import attend_by_head, causal_mask, make_attention, select_mask
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Params
 
-Cache = tuple[jax.Array, jax.Array]  # keys and values
-CACHE = (None, "batch", None, "heads", None)  # [L, B, S, K, H]
+Cache = tuple[jax.Array, jax.Array]  # keys and values [B, K, S, H]
 TOGETHER = 128  # tokens a row that one call decodes; in between the host can speak and stop
 
 
@@ -32,21 +31,23 @@ class Decoding:
     token: jax.Array  # int32 [B], the next one
     done: jax.Array  # bool [B], an end-of-sequence token is in the answer
     answer: jax.Array  # int32 [B, N], -1 beyond the answer
-    cache: Cache  # of T + N columns
+    cache: Any  # Cache of S = T + N columns, stacked [L, ...] or a list of L, as the layers are
     segments: jax.Array  # int32 [B, T + N], 0 = padding
     running: jax.Array  # bool, some row goes on
 
 
 @dataclasses.dataclass(frozen=True)
 class Greedy:
-    """Two jitted functions: one reads the prompts, one goes on for TOGETHER tokens."""
+    """What makes of parameters the weights of two jitted functions: one reads the prompts, one goes
+    on for TOGETHER tokens."""
 
+    prepare: Callable[[Params], Params]
     begin: Callable[[Params, jax.Array, jax.Array], Decoding]
     go_on: Callable[[Params, Decoding], Decoding]  # in the memory of the one it is given
 
     def __call__(
         self,
-        params: Params,
+        weights: Params,
         tokens: jax.Array | np.ndarray,
         segments: jax.Array | np.ndarray,
         tell: Callable[[int], None] = lambda _: None,
@@ -55,9 +56,9 @@ class Greedy:
 
         tell: is called now and then with the tokens that each row has gone on by.
         """
-        state, before = self.begin(params, tokens, segments), 0
+        state, before = self.begin(weights, tokens, segments), 0
         while state.running:
-            state = self.go_on(params, state)
+            state = self.go_on(weights, state)
             tell(int(state.step) - before)
             before = int(state.step)
         return state.answer
@@ -75,68 +76,47 @@ def left_pad(prompts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, 
 
 def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Sequence[int]) -> Greedy:
     """Greedy decoding of at most N = `max_new_tokens`, each row up to the first of `eos`."""
+    kinds, kind_of = decoder.window_kinds(cfg)
 
-    def next_token(params: Params, h_btd: jax.Array) -> jax.Array:
-        h = decoder.rms_norm(h_btd[:, -1:], params["final_norm"], cfg.norm_eps)
-        scores = decoder.logits(params, h, cfg)[:, 0]
+    def next_token(weights: Params, h_btd: jax.Array) -> jax.Array:
+        h = decoder.rms_norm(h_btd[:, -1:], weights["final_norm"], cfg.norm_eps)
+        scores = decoder.logits(weights, h, cfg)[:, 0]
         if mesh.current() is not None:  # argmax needs the whole vocabulary
             scores = jax.sharding.reshard(scores, mesh.spec(("batch", None)))
         return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
-    def forward(
-        params: Params,
-        tokens: jax.Array,
-        positions: jax.Array,
-        cache: Cache,
-        column: jax.Array | int,
-        see: Callable[..., jax.Array],
-    ) -> tuple[jax.Array, Cache]:
-        """Runs all layers on new tokens whose keys and values go to `column` of the cache on.
-
-        see: attention as (kind of layer, q, (k, v) of the new tokens, (k, v) of the whole cache).
-        """
-        cos_sin = rope.angles(positions, cfg.rope, cfg.head_dim)
-
-        def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
-            h, cache = carry
-            w, kind, index = xs
-
-            def extend_and_see(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-                nonlocal cache
-                at = (index, 0, column, 0, 0)
-                cache = tuple(
-                    jax.lax.dynamic_update_slice(stack, new[None], at)
-                    for stack, new in zip(cache, (k, v), strict=True)
-                )
-                return see(kind, q, (k, v), (cache[0][index], cache[1][index]))
-
-            h = decoder.layer(w, h, cos_sin, extend_and_see, cfg)
-            return (h, cache), None
-
-        h = decoder.embed(params, tokens, dtype)
-        _, kind_l = decoder.window_kinds(cfg)
-        xs = (params["layers"], kind_l, jnp.arange(cfg.num_layers))
-        (h, cache), _ = jax.lax.scan(body, (h, cache), xs)
-        return h, cache
-
     @jax.jit
-    def begin(params: Params, tokens: jax.Array, segments: jax.Array) -> Decoding:
-        kinds, _ = decoder.window_kinds(cfg)
-        rows, width = tokens.shape
-        shape = (cfg.num_layers, rows, width + max_new_tokens, cfg.num_kv_heads, cfg.head_dim)
-        cache = tuple(
-            jnp.zeros(shape, dtype, out_sharding=mesh.out(CACHE, shape)) for _ in range(2)
-        )
+    def begin(weights: Params, tokens: jax.Array, segments: jax.Array) -> Decoding:
+        width = tokens.shape[1]
         pad = width - jnp.sum(segments, axis=1)
         positions = jnp.maximum(jnp.arange(width)[None] - pad[:, None], 0)
+        cos_sin = rope.angles(positions, cfg.rope, cfg.head_dim)
         among_prompt = make_attention(segments, kinds, cfg.head_dim, dtype, documents=2)
-
-        def see_prompt(kind: jax.Array, q: jax.Array, new: Cache, _: Cache) -> jax.Array:
-            return among_prompt(kind, q, *new)
-
-        h, cache = forward(params, tokens, positions, cache, 0, see_prompt)
-        first = next_token(params, h)
         ahead = ((0, 0), (0, max_new_tokens))
+
+        def one(h: jax.Array, xs: tuple) -> tuple[jax.Array, Cache]:
+            w, kind = xs
+            found: Cache | None = None
+
+            def see(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+                nonlocal found
+                k_cache, v_cache = (jnp.pad(_by_head(x), ((0, 0), *ahead, (0, 0))) for x in (k, v))
+                found = k_cache, v_cache
+                return among_prompt(kind, q, k, v)
+
+            h = decoder.layer(w, h, cos_sin, see, cfg)
+            assert found is not None
+            return h, found
+
+        h = decoder.embed(weights, tokens, dtype)
+        if isinstance(layers := weights["layers"], dict):
+            h, cache = jax.lax.scan(one, h, (layers, jnp.asarray(kind_of, jnp.int32)))
+        else:
+            cache = []
+            for xs in zip(layers, kind_of, strict=True):
+                h, found = one(h, xs)
+                cache.append(found)
+        first = next_token(weights, h)
         return Decoding(
             step=jnp.int32(0),
             token=first,
@@ -151,8 +131,7 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
     def runs(state: Decoding) -> jax.Array:
         return (state.step < max_new_tokens) & ~jnp.all(state.done)
 
-    def decode(params: Params, state: Decoding) -> Decoding:
-        kinds, _ = decoder.window_kinds(cfg)
+    def decode(weights: Params, state: Decoding) -> Decoding:
         eos_ids = jnp.asarray(list(eos) or [-1], jnp.int32)
         width = state.segments.shape[1] - max_new_tokens
         token = jnp.where(state.done, -1, state.token)
@@ -160,32 +139,87 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
         done = state.done | jnp.any(token[:, None] == eos_ids, axis=1)
         column = width + state.step
         masks = [causal_mask(state.segments, window, column, 1) for window in kinds]
-
-        def see_cache(kind: jax.Array, q: jax.Array, _: Cache, cache: Cache) -> jax.Array:
-            return attend(q, *cache, select_mask(kind, masks))
-
         pad = width - jnp.sum(state.segments[:, :width], axis=1)
-        position = (column - pad)[:, None]
-        h, cache = forward(
-            params, jnp.maximum(token, 0)[:, None], position, state.cache, column, see_cache
-        )
+        cos_sin = rope.angles((column - pad)[:, None], cfg.rope, cfg.head_dim)
+
+        def one(h: jax.Array, w: Params, kind: Any, cache: Any, layer: tuple) -> tuple:
+            """A layer on the new tokens; theirs go to `column` of its cache, or of what is stacked
+            at `layer`."""
+
+            def see(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+                nonlocal cache
+                at = (*layer, 0, 0, column, 0)
+                cache = tuple(
+                    jax.lax.dynamic_update_slice(old, _by_head(new)[(None,) * len(layer)], at)
+                    for old, new in zip(cache, (k, v), strict=True)
+                )
+                keys, values = cache if not layer else (stack[layer[0]] for stack in cache)
+                return attend_by_head(q, keys, values, select_mask(kind, masks))
+
+            h = decoder.layer(w, h, cos_sin, see, cfg)
+            return h, cache
+
+        h = decoder.embed(weights, jnp.maximum(token, 0)[:, None], dtype)
+        if isinstance(layers := weights["layers"], dict):
+
+            def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
+                w, kind, index = xs
+                return one(carry[0], w, kind, carry[1], (index,)), None
+
+            xs = (layers, jnp.asarray(kind_of, jnp.int32), jnp.arange(cfg.num_layers))
+            (h, cache), _ = jax.lax.scan(body, (h, state.cache), xs)
+        else:
+            cache = []
+            for w, kind, old in zip(layers, kind_of, state.cache, strict=True):
+                h, new = one(h, w, kind, old, ())
+                cache.append(new)
         return state.replace(
             step=state.step + 1,
-            token=next_token(params, h),
+            token=next_token(weights, h),
             done=done,
             answer=answer,
             cache=cache,
         )
 
     @partial(jax.jit, donate_argnums=1)
-    def go_on(params: Params, state: Decoding) -> Decoding:
+    def go_on(weights: Params, state: Decoding) -> Decoding:
         until = state.step + TOGETHER
         state = jax.lax.while_loop(
-            lambda state: runs(state) & (state.step < until), partial(decode, params), state
+            lambda state: runs(state) & (state.step < until), partial(decode, weights), state
         )
         return state.replace(running=runs(state))
 
-    return Greedy(begin, go_on)
+    return Greedy(partial(prepare, cfg=cfg, dtype=dtype), begin, go_on)
+
+
+def prepare(params: Params, *, cfg: ModelConfig, dtype: Any) -> Params:
+    """The parameters as decoding reads them for every token: all but norms in `dtype`; on GPUs with
+    a tuple of layers, whose weights would be copied out of their stack for each token."""
+    apart = mesh.platform() == "gpu"
+
+    def is_read(path: tuple) -> bool:
+        return not str(path[-1].key).endswith("norm")
+
+    def cast(path: tuple, w: jax.Array) -> jax.Array:
+        return w.astype(dtype) if is_read(path) else w
+
+    @jax.jit
+    def made(params: Params) -> Params:
+        weights = jax.tree_util.tree_map_with_path(cast, params)
+        if apart:
+            layers = weights["layers"]
+            weights["layers"] = tuple(
+                jax.tree.map(lambda w, i=i: w[i], layers) for i in range(cfg.num_layers)
+            )
+        return weights
+
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    as_they_are = all(w.dtype == dtype or not is_read(path) for path, w in leaves)
+    return params if as_they_are and not apart else made(params)
+
+
+def _by_head(x_btkh: jax.Array) -> jax.Array:
+    return x_btkh.transpose(0, 2, 1, 3)
 
 
 def generate(
@@ -200,12 +234,13 @@ def generate(
     tell: is called now and then with the tokens that were decoded since.
     """
     width = -(-max(map(len, prompts)) // 16) * 16
+    weights = greedy.prepare(params)
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
         filled = part + [part[0]] * (batch - len(part))
         rows = mesh.rows_here(batch)
         tokens, segments = left_pad(filled, width)
         placed = mesh.shard_batch((tokens[rows], segments[rows]))
-        answers = greedy(params, *placed, tell=lambda steps, rows=part: tell(steps * len(rows)))
+        answers = greedy(weights, *placed, tell=lambda steps, rows=part: tell(steps * len(rows)))
         for row in processes.whole(answers)[: len(part)]:
             yield [int(t) for t in row if t >= 0]

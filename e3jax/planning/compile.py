@@ -176,14 +176,15 @@ def decode_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: 
     """
     dense, student = decoder.abstract_params(cfg, jnp.dtype(source_dtype)), student_config(run, cfg)
     teacher, wide = local_bytes(dense), decoder.abstract_params(student)
-    states = [_decoding(run, cfg, dense), _decoding(run, student, wide)]
-    caches = [local_bytes(state.cache) for _, state in states]
+    both = [_decoding(run, cfg, dense), _decoding(run, student, wide)]
+    caches = [local_bytes(state.cache) for _, _, state in both]
     if caches[0] > caches[1] + local_bytes(wide):
-        (step, state), params, parameters, idle = states[0], dense, 0, 0
-    else:
-        (step, state), params, parameters, idle = states[1], wide, local_bytes(wide), teacher
+        (step, weights, state), parameters, idle = both[0], 0, 0
+    else:  # in bfloat16 what decoding reads of the student is made of it and lies beside it
+        (step, weights, state), parameters = both[1], local_bytes(wide)
+        idle = teacher + (0 if weights is wide else parameters)
     return _compile(
-        step.trace(params, state),
+        step.trace(weights, state),
         topology,
         parameters=parameters,
         teacher=teacher,
@@ -192,13 +193,16 @@ def decode_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: 
     )
 
 
-def _decoding(run: config.Run, cfg: ModelConfig, params: Any) -> tuple[Any, Any]:
-    """The jitted function that decodes, and its abstract state after the prompts."""
+def _decoding(run: config.Run, cfg: ModelConfig, params: Any) -> tuple[Any, Any, Any]:
+    """The jitted function that decodes, and its abstract weights and state after the prompts."""
     prompt, answer = decoded(run, cfg)
     dtype = job.DTYPES[run.model.dtype]
     greedy = generate.make_greedy(cfg, dtype=dtype, max_new_tokens=answer, eos=(0,))
     tokens = decoder.abstract_batch(job.rows_per_batch(run.evaluate.batch), prompt).tokens
-    return greedy.go_on, jax.eval_shape(greedy.begin, params, tokens, tokens)
+    weights = jax.eval_shape(greedy.prepare, params)
+    if local_bytes(weights) == local_bytes(params):
+        weights = params
+    return greedy.go_on, weights, jax.eval_shape(greedy.begin, weights, tokens, tokens)
 
 
 def _compile(

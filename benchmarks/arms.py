@@ -1,0 +1,107 @@
+"""What benchmarks on a GPU have in common: shapes, an arm in a process of its own, its timing."""
+
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+ROW = 4096
+VOCAB = 151_936
+WARM, STEPS = 4, 6
+SHAPES = {  # layers, width, mlp, heads, key-value heads, tied; heads are 128 wide
+    "0.6b": (28, 1024, 3072, 16, 8, True),
+    "1.7b": (28, 2048, 6144, 16, 8, True),
+    "4b": (36, 2560, 9728, 32, 8, True),
+    "8b": (36, 4096, 12288, 32, 8, False),
+}
+LR = 1e-5
+
+
+def depth(shapes: str, layers: int | None) -> int:
+    """Layers of the dense model: as many as asked for, or as the published one has."""
+    return layers or SHAPES[shapes][0]
+
+
+def kept(count: int) -> list[int]:
+    """The student's layers of so many: every fourth is removed."""
+    return [i for i in range(count) if i % 4 != 2]
+
+
+def model_config(shapes: str, layers: int | None = None):
+    """e3jax's ModelConfig of the dense model."""
+    from e3jax.models.config import ModelConfig
+
+    _, width, mlp, heads, kv_heads, tied = SHAPES[shapes]
+    count = depth(shapes, layers)
+    return ModelConfig(
+        family="qwen3", num_layers=count, width=width, mlp_width=mlp, num_heads=heads,
+        num_kv_heads=kv_heads, head_dim=128, vocab_size=VOCAB, max_position=40_960, norm_eps=1e-6,
+        tied=tied, windows=(None,) * count, qk_norm=True,
+    )  # fmt: skip
+
+
+def build_peer(shapes: str, layers: int, *, cache: bool = False):
+    """transformers' model of so many layers, bfloat16, on the GPU, frozen."""
+    import torch
+    import transformers
+
+    _, width, mlp, heads, kv_heads, tied = SHAPES[shapes]
+    cfg = transformers.Qwen3Config(
+        hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=128,
+        vocab_size=VOCAB, tie_word_embeddings=tied, max_position_embeddings=40_960,
+        use_cache=cache,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            cfg, dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def run_arm(file: str, arguments: list[str], arm: str) -> dict:
+    """What an arm measured, in a process that has the GPU for itself and preallocates nothing."""
+    environment = os.environ | {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    }
+    command = [sys.executable, file, *arguments, "--arm", arm]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line[len("RESULT ") :])
+    lines = [line for line in done.stderr.splitlines() if "Error" in line or "memory" in line]
+    return {"error": (lines or done.stderr.splitlines() or ["nothing was said"])[-1][:200]}
+
+
+def give(found: dict) -> None:
+    """How an arm tells what it measured."""
+    print("RESULT " + json.dumps(found), flush=True)
+
+
+def middle(seconds: list[float]) -> tuple[float, float]:
+    """The median, and the spread as a share of it."""
+    median = statistics.median(seconds)
+    return median, (max(seconds) - min(seconds)) / median
+
+
+def timed(step, synchronise) -> tuple[float, list[float]]:
+    """Seconds of the first call, and of those after the warm-up."""
+    begun = time.perf_counter()
+    step()
+    synchronise()
+    first = time.perf_counter() - begun
+    seconds = []
+    for number in range(WARM - 1 + STEPS):
+        begun = time.perf_counter()
+        step()
+        synchronise()
+        if number >= WARM - 1:
+            seconds.append(time.perf_counter() - begun)
+    return first, seconds

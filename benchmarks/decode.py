@@ -1,0 +1,150 @@
+"""Greedy decoding on one GPU, ours and transformers' with a static cache and torch.compile.
+
+    python benchmarks/decode.py --shapes 1.7b --batch 1 64
+
+Models have Qwen3's shapes and random bfloat16 weights, prompts are 128 random tokens, all answers
+256 long. Each arm runs in a process of its own. Tokens/s: answers of all rows, reading the prompts
+included. Floor: the milliseconds in which the bytes that a token needs, weights and half a cache,
+are read at the speed of a copy in the same run. Before ours is timed, a forward pass in float32
+over its own answers says that each token was the best, or within rounding of it.
+"""
+
+import argparse
+import sys
+
+from arms import SHAPES, VOCAB, build_peer, depth, give, middle, model_config, run_arm, timed
+
+PROMPT, ANSWER = 128, 256
+
+
+def main() -> None:
+    options = parse()
+    if options.arm is not None:  # in its own process
+        return give(ARMS[options.arm](options, options.batch[0]))
+    copied = run_arm(__file__, [], "copy")["bytes_per_s"]
+    print(f"copies: {copied / 1e12:.2f} TB/s")
+    print(
+        f"{'arm':<14}{'batch':>6}{'tokens/s':>10}{'ms/token':>10}{'spread':>8}{'floor':>7}{'GiB':>7}"
+    )
+    for batch in options.batch:
+        floor = read_bytes(options.shapes, batch) / copied * 1e3
+        arguments = ["--shapes", options.shapes, "--batch", str(batch)]
+        for arm in ("e3jax", "transformers"):
+            found = run_arm(__file__, arguments, arm)
+            if "error" in found:
+                print(f"{arm:<14}{batch:>6}  {found['error']}", flush=True)
+                continue
+            median, spread = middle(found["seconds"])
+            print(
+                f"{arm:<14}{batch:>6}{batch * ANSWER / median:>10,.0f}"
+                f"{median / ANSWER * 1e3:>10.2f}{spread:>8.1%}{floor:>7.2f}"
+                f"{found['peak'] / 2**30:>7.1f}",
+                flush=True,
+            )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", choices=SHAPES, default="1.7b")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    return parser.parse_args(sys.argv[1:])
+
+
+def read_bytes(shapes: str, batch: int) -> float:
+    """Of a token for each row: weights in bfloat16, keys and values of half an answer."""
+    from e3jax.models.params import count_params
+
+    cfg = model_config(shapes)
+    table = cfg.vocab_size * cfg.width  # of embeddings apart from the head a row is read
+    weights = count_params(cfg) - (0 if cfg.tied else table)
+    cache = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * (PROMPT + ANSWER / 2)
+    return 2 * (weights + batch * cache)
+
+
+def copy(options: argparse.Namespace, batch: int) -> dict:
+    """Bytes a second, read and written, of a copy of 2 GiB."""
+    import torch
+
+    x = torch.empty(2**30, dtype=torch.bfloat16, device="cuda")
+    y = torch.empty_like(x)
+    _, seconds = timed(lambda: y.copy_(x), torch.cuda.synchronize)
+    return {"bytes_per_s": 2 * x.nbytes / middle(seconds)[0]}
+
+
+def ours(options: argparse.Namespace, batch: int) -> dict:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from e3jax import mesh
+    from e3jax.models import decoder
+    from e3jax.models.generate import make_greedy
+
+    cfg = model_config(options.shapes)
+    prompts = np.random.default_rng(0).integers(0, VOCAB, (batch, PROMPT), dtype=np.int32)
+    with jax.set_mesh(mesh.make_mesh()):
+        params = decoder.init_params(jax.random.key(0), cfg, jnp.bfloat16)
+        greedy = make_greedy(cfg, dtype=jnp.bfloat16, max_new_tokens=ANSWER, eos=())
+        weights = greedy.prepare(params)
+        tokens, segments = mesh.shard_batch((prompts, np.ones_like(prompts)))
+        answer = np.asarray(greedy(weights, tokens, segments))
+        check(params, cfg, np.concatenate([prompts, answer], axis=1)[:2])
+        del params
+        step = lambda: jax.block_until_ready(greedy(weights, tokens, segments))  # noqa: E731
+        first, seconds = timed(step, lambda: None)
+        peak = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
+    return {"first": first, "seconds": seconds, "peak": peak}
+
+
+def check(params, cfg, rows) -> None:
+    """Each answer's token is the best by float32, or nearer to it than a twentieth of the way from
+    the best to the average one, where bfloat16 cannot tell."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from e3jax import mesh
+    from e3jax.models import decoder
+
+    time = rows.shape[1]
+    ones = np.ones_like(rows)
+    positions = np.broadcast_to(np.arange(time, dtype=np.int32), rows.shape)
+    batch = decoder.Batch(rows, positions, ones, rows, ones.astype(bool), documents=1)
+
+    @jax.jit
+    def gaps(params, batch):
+        h = decoder.hidden(params, batch, cfg, dtype=jnp.float32, remat="none")
+        z = decoder.logits(params, h[:, PROMPT - 1 : -1], cfg)
+        best = jnp.max(z, -1)
+        is_chosen = jnp.arange(cfg.vocab_size) == batch.tokens[:, PROMPT:, None]
+        chosen = jnp.sum(jnp.where(is_chosen, z, 0.0), -1)
+        return (best - chosen) / (best - jnp.mean(z, -1))
+
+    whole = jax.tree.map(lambda x: jax.device_put(x, mesh.sharding((None, None))), batch)
+    found = np.asarray(gaps(params, whole))
+    assert found.max() < 0.05, f"a token of the answers is not the best by far: {found.max():.3f}"
+
+
+def peer(options: argparse.Namespace, batch: int) -> dict:
+    import torch
+
+    model = build_peer(options.shapes, depth(options.shapes, None), cache=True)
+    torch.manual_seed(0)
+    prompts = torch.randint(0, VOCAB, (batch, PROMPT), device="cuda")
+
+    def step():
+        answer = model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=ANSWER,
+            min_new_tokens=ANSWER, do_sample=False, cache_implementation="static", pad_token_id=0,
+        )  # fmt: skip
+        assert answer.shape == (batch, PROMPT + ANSWER)
+
+    first, seconds = timed(step, torch.cuda.synchronize)
+    return {"first": first, "seconds": seconds, "peak": torch.cuda.max_memory_allocated()}
+
+
+ARMS = {"copy": copy, "e3jax": ours, "transformers": peer}
+
+if __name__ == "__main__":
+    main()
