@@ -13,6 +13,7 @@ from e3jax import mesh
 from e3jax.hf.families import read_config
 from e3jax.hf.load import load_params
 from e3jax.models import decoder
+from e3jax.models import generate as generate_module
 from e3jax.models.generate import generate, left_pad, make_greedy
 from hf_tiny import save_tiny
 from training_tiny import set_mesh
@@ -123,6 +124,14 @@ def test_layers_apart_give_the_same_answers(tmp_path, case, monkeypatch):
         == len(greedy.begin(weights, *left_pad(prompts, 32)).cache)
     )
     assert list(generate(greedy, params, prompts, 8)) == stacked
+
+
+def test_a_cache_in_order_of_time_gives_the_same_answers(llama, monkeypatch):
+    """As it is on TPUs."""
+    prompts = random_prompts()
+    by_head = ours(llama, prompts)
+    monkeypatch.setattr(generate_module, "cache_order", lambda rows: (1, 2, 0, 3))
+    assert ours(llama, prompts) == by_head
 
 
 def test_weights_are_cast_once_but_norms(tmp_path):

@@ -213,17 +213,21 @@ def test_compiles_for_v6e(tpu_mesh, monkeypatch):
     assert not squares(text) and squares(dense)
 
 
-def test_decoding_compiles_for_v5p(tpu_mesh):
-    """The prompt by the kernel, what follows from the cache."""
+@pytest.mark.parametrize("rows", [2, 8])  # of two devices
+def test_decoding_compiles_for_v5p(tpu_mesh, rows):
+    """The prompt by the kernel, what follows from the cache, of which nothing is a copy."""
     cfg = dataclasses.replace(TPU_CFG, head_dim=128, windows=(None,) * 3)
     with jax.set_mesh(tpu_mesh("v5p:2x2x1")):
         prompts = jax.ShapeDtypeStruct(
-            (4, LONG), jnp.int32, sharding=mesh.sharding(("batch", None))
+            (rows, LONG), jnp.int32, sharding=mesh.sharding(("batch", None))
         )
         greedy = generate.make_greedy(cfg, dtype=jnp.bfloat16, max_new_tokens=512, eos=[1])
         params = decoder.abstract_params(cfg, jnp.bfloat16)
         text = greedy.begin.lower(params, prompts, prompts).compile().as_text()
         state = jax.eval_shape(greedy.begin, params, prompts, prompts)
-        after = greedy.go_on.lower(params, state).compile().as_text()
+        go_on = greedy.go_on.lower(params, state).compile()
+    after = go_on.as_text()
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
+    assert go_on.memory_analysis().temp_size_in_bytes < whole / 4  # devices; so no copy of it
     assert kernels(text) == ["fwd"] and not kernels(after)
     assert not squares(text) and f"{LONG + 512},{LONG + 512}" not in text + after

@@ -19,7 +19,7 @@ from e3jax.models.attention import attend_by_head, causal_mask, make_attention, 
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Params
 
-Cache = tuple[jax.Array, jax.Array]  # keys and values [B, K, S, H]
+Cache = tuple[jax.Array, jax.Array]  # keys and values, in the order of `cache_order`
 TOGETHER = 128  # tokens a row that one call decodes; in between the host can speak and stop
 
 
@@ -87,7 +87,7 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
 
     @jax.jit
     def begin(weights: Params, tokens: jax.Array, segments: jax.Array) -> Decoding:
-        width = tokens.shape[1]
+        width, order = tokens.shape[1], cache_order(len(tokens))
         pad = width - jnp.sum(segments, axis=1)
         positions = jnp.maximum(jnp.arange(width)[None] - pad[:, None], 0)
         cos_sin = rope.angles(positions, cfg.rope, cfg.head_dim)
@@ -100,7 +100,8 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
 
             def see(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
                 nonlocal found
-                k_cache, v_cache = (jnp.pad(_by_head(x), ((0, 0), *ahead, (0, 0))) for x in (k, v))
+                longer = [(0, max_new_tokens if axis == 1 else 0) for axis in order]
+                k_cache, v_cache = (jnp.pad(x.transpose(order), longer) for x in (k, v))
                 found = k_cache, v_cache
                 return among_prompt(kind, q, k, v)
 
@@ -134,6 +135,7 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
     def decode(weights: Params, state: Decoding) -> Decoding:
         eos_ids = jnp.asarray(list(eos) or [-1], jnp.int32)
         width = state.segments.shape[1] - max_new_tokens
+        order = cache_order(len(state.token))
         token = jnp.where(state.done, -1, state.token)
         answer = jax.lax.dynamic_update_slice(state.answer, token[:, None], (0, state.step))
         done = state.done | jnp.any(token[:, None] == eos_ids, axis=1)
@@ -148,12 +150,14 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
 
             def see(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
                 nonlocal cache
-                at = (*layer, 0, 0, column, 0)
+                at = (*layer, *(column if axis == 1 else 0 for axis in order))
+                stacked = (None,) * len(layer)
                 cache = tuple(
-                    jax.lax.dynamic_update_slice(old, _by_head(new)[(None,) * len(layer)], at)
+                    jax.lax.dynamic_update_slice(old, new.transpose(order)[stacked], at)
                     for old, new in zip(cache, (k, v), strict=True)
                 )
-                keys, values = cache if not layer else (stack[layer[0]] for stack in cache)
+                seen = cache if not layer else (stack[layer[0]] for stack in cache)
+                keys, values = (_by_head(x, order) for x in seen)
                 return attend_by_head(q, keys, values, select_mask(kind, masks))
 
             h = decoder.layer(w, h, cos_sin, see, cfg)
@@ -218,8 +222,20 @@ def prepare(params: Params, *, cfg: ModelConfig, dtype: Any) -> Params:
     return params if as_they_are and not apart else made(params)
 
 
-def _by_head(x_btkh: jax.Array) -> jax.Array:
-    return x_btkh.transpose(0, 2, 1, 3)
+def cache_order(rows: int) -> tuple[int, ...]:
+    """The axes of keys or values [B, T, K, H] in the order in which a cache of `rows` has them.
+
+    By head, as attention reads them; on a TPU that has several rows by time, since its compiler
+    would copy the whole cache into that order and back.
+    """
+    set_mesh = mesh.current()
+    several = set_mesh is not None and rows > mesh.axis_size(set_mesh, mesh.BATCH)
+    return (1, 2, 0, 3) if several and mesh.platform() == "tpu" else (0, 2, 1, 3)
+
+
+def _by_head(cache: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    """-> [B, K, S, H]."""
+    return cache.transpose([order.index(axis) for axis in (0, 2, 1, 3)])
 
 
 def generate(
