@@ -62,7 +62,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=4096, help="tokens whose logits exist")
     parser.add_argument("--profile", action="store_true", help="ours: where a step's time goes")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    for arm in options.arms or ():
+        if options.tokens % (ROW * masks(arm.split(":"))):
+            parser.error(f"--tokens: {arm} needs a multiple of {ROW * masks(arm.split(':'))}")
+    return options
 
 
 def measure(options: argparse.Namespace) -> dict:
@@ -137,26 +141,26 @@ def ours(options: argparse.Namespace, micro: str = "8", remat: str = "layer", *m
     with jax.set_mesh(mesh.make_mesh()), contextlib.ExitStack() as stack:
         params = decoder.init_params(jax.random.key(0), dense, jnp.bfloat16)
         make = search_arm if options.step == "search" else distil_arm
-        given = options, dense, params, windows, rows, int(micro), remat, more, stack
-        take, state, inputs, figure = make(*given)
-        del params
-        said, waited = {}, 0.0
+        take, state, inputs, figure = make(
+            options, dense, params, windows, rows, int(micro), remat, more, stack
+        )
+        del params  # a cached teacher's are not there
+        said, waited = {}, []
 
         def step():
-            nonlocal state, said, waited
+            nonlocal state, said
             begun = time.perf_counter()
             arrays = next(inputs)
-            waited += time.perf_counter() - begun
+            waited.append(time.perf_counter() - begun)
             state, said = take(state, *arrays)
 
-        begun = time.perf_counter()
         first, seconds = timed(step, lambda: jax.block_until_ready(said))
         found = {
             "first": first,
             "seconds": seconds,
             "peak": jax.local_devices()[0].memory_stats()["peak_bytes_in_use"],
             "kl": float(said[figure]),
-            "waited": waited / (time.perf_counter() - begun),
+            "waited": sum(waited[-len(seconds) :]) / sum(seconds),
         }
         if options.profile:
             found["profile"] = profile(step, lambda: jax.block_until_ready(said))
@@ -244,8 +248,7 @@ def stored_batches(windows, rows, k, folder):
         arrays = gather(windows, (step * rows + np.arange(rows)) % len(windows))
         return to_batch(arrays, windows), Stored.rows(cache, arrays["index"])
 
-    for _, (batch, stored) in prefetch(read, 0, 1000):
-        yield None, *mesh.shard_batch((batch, stored))
+    return ((None, *mesh.shard_batch(arrays)) for _, arrays in prefetch(read, 0, 1000))
 
 
 def check_ours(student, cfg, teacher, dense, batch) -> None:

@@ -168,7 +168,7 @@ class Search:
         if self.estimator != "straight_through" and (self.masks == "batch" or few):
             raise ValueError(
                 f"estimator={self.estimator} compares masks: it needs masks=row and batch of 2 or"
-                f" more, not masks={self.masks} and batch={self.batch}"
+                f" more, or masks_per_window, not masks={self.masks} and batch={self.batch}"
             )
         if self.masks == "batch" and self.masks_per_window > 1:
             raise ValueError(

@@ -4,8 +4,10 @@ Every axis is explicit (`AxisType.Explicit`): shardings are part of array types,
 error while tracing, on any machine, not a silent gather on a pod.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -85,11 +87,32 @@ def current() -> jax.sharding.AbstractMesh | None:
     return None if mesh.empty else mesh
 
 
+_STOOD_FOR: contextvars.ContextVar[str | None] = contextvars.ContextVar("stood_for", default=None)
+
+
+@contextlib.contextmanager
+def standing_for(name: str) -> Iterator[None]:
+    """Within, the mesh's devices stand for those of another platform, in plans: what is traced is
+    to need its memory, not to compute."""
+    token = _STOOD_FOR.set(name)
+    try:
+        yield
+    finally:
+        _STOOD_FOR.reset(token)
+
+
+def is_stood_for() -> bool:
+    """Whether the mesh's devices stand for others (`standing_for`)."""
+    return _STOOD_FOR.get() is not None
+
+
 def platform() -> str | None:
     """What the mesh that is set is made of, such as "tpu"; None where no mesh or device says it.
 
     Compiled ahead of time for a TPU this is "tpu", while jax.default_backend() is the host's own.
     """
+    if is_stood_for():
+        return _STOOD_FOR.get()
     device = jax.sharding.get_abstract_mesh().abstract_device
     return None if device is None else device.platform
 

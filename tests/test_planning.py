@@ -183,10 +183,43 @@ def test_parts_add_up_and_the_estimate_is_near(teacher):
     assert tree["chip_hours"] == pytest.approx(8 * tree["roofline_hours"] / plan.SHARE)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gpu_steps_are_those_with_the_kernel(dtype):
+    """In bfloat16 nothing of [T, T] is there, as cuDNN's kernel needs none; float32 has masks."""
+    run = small_run(microbatch=8)
+    data, model = dataclasses.replace(run.data, window=320), run.model
+    run = dataclasses.replace(run, data=data, model=dataclasses.replace(model, dtype=dtype))
+    with jax.set_mesh(compile.open_mesh(chips.parse("h100:8"), run.mesh)):
+        for inputs in (compile.search_inputs, compile.train_inputs):
+            step, arguments = inputs(run, MODEL, "float32")
+            with mesh.standing_for("gpu"):
+                text = str(step.trace(*arguments).jaxpr)
+            assert ("320,320" in text) == (dtype == "float32")
+            assert mesh.platform() == "cpu"
+
+
 def with_problems(run, **evaluate):
     """The run with test problems, and so much decoding."""
     data = dataclasses.replace(run.data, test=(config.Source(path="problems.jsonl"),))
     return dataclasses.replace(run, data=data, evaluate=config.Evaluate(**evaluate))
+
+
+@pytest.mark.parametrize("topology", ["h100:8", "h100:1"])
+def test_decoding_counts_what_its_weights_are_made_of(topology):
+    """A dense model stored in float32 lies there beside its bfloat16 weights; on one GPU the layers
+    of a bfloat16 one too, which decoding has apart."""
+    run = with_problems(small_run(), batch=8, max_new_tokens=16384)
+    chips_ = chips.parse(topology)
+    with jax.set_mesh(compile.open_mesh(chips_, run.mesh)):
+        peaks = {
+            stored: compile.decode_step(run, MODEL, stored, chips_).peak
+            for stored in ("float32", "bfloat16")
+        }
+        params = decoder.abstract_params(MODEL, jnp.bfloat16)
+        dense, layers = compile.local_bytes(params), compile.local_bytes(params["layers"])
+    norms = 2 * 4 * decoder.count_params(MODEL) // 100  # stored in float32 they stay so
+    beside = 2 * dense - (layers if topology == "h100:1" else 0)
+    assert peaks["float32"] - peaks["bfloat16"] == pytest.approx(beside, abs=norms)
 
 
 @pytest.mark.parametrize(("longest", "layers"), [(16, 2), (16384, 3)], ids=["student", "dense"])

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 
+from e3jax import config
 from e3jax.errors import UserError
 from e3jax.planning import chips, compile, ranking
 from planning_tiny import MODEL, small_run
@@ -32,6 +33,9 @@ def test_ranking_is_sane():
 
 
 def test_no_mesh_can_share_the_batch():
+    few = dataclasses.replace(small_run(), search=config.Search(keep=2, batch=16, microbatch=1))
+    with pytest.raises(UserError, match=r"the 1 of search\.microbatch, or"):
+        ranking.rank(few, MODEL, "bfloat16", chips.parse("h100:8"))
     with pytest.raises(UserError, match=r"distill\.batch=2: no mesh of h100:64"):
         ranking.rank(small_run(batch=2), MODEL, "bfloat16", chips.parse("h100:64"))
 

@@ -211,7 +211,7 @@ def teacher_topk(
     """What a teacher cache stores: ids int32 and log-probabilities [B, T, k], most likely first,
     entropy and log-normaliser float32 [B, T]; all of the distribution at `temperature`.
     """
-    head = mesh.gather(head, ("vocab", "embed"))
+    head = mesh.gather(head.astype(h.dtype), ("vocab", "embed"))
 
     def one(h: jax.Array) -> tuple[jax.Array, ...]:
         scores = unembed(h, head) / temperature

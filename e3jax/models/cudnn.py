@@ -24,14 +24,22 @@ HOPPER = "9.0"
 def suits(time: int, head_dim: int, dtype: Any, documents: int | None) -> bool:
     """Whether the kernel is for rows of `time` tokens of at most `documents` documents.
 
+    On a GPU that is there; older ones than Hopper take one document a row.
+    """
+    if not takes(time, head_dim, dtype, documents) or not kernels.check_compute_capability("8.0"):
+        return False
+    return kernels.check_compute_capability(HOPPER) or (documents == 1 and head_dim <= 128)
+
+
+def takes(time: int, head_dim: int, dtype: Any, documents: int | None) -> bool:
+    """The same on a GPU of Hopper's kind, which need not be there.
+
     It computes in half precision. The work space of its backward pass grows with the documents that
     a row may have, a row's head of H numbers a token for each: beyond some, a dense mask is less.
     """
     if documents is None or dtype not in DTYPES or head_dim % 8 or head_dim > 256:
         return False
-    if documents * head_dim > 2 * time or not kernels.check_compute_capability("8.0"):
-        return False
-    return kernels.check_compute_capability(HOPPER) or (documents == 1 and head_dim <= 128)
+    return documents * head_dim <= 2 * time
 
 
 def make_attention(segments_bt: jax.Array, documents: int) -> Callable[..., jax.Array]:

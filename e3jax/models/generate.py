@@ -193,33 +193,47 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
         )
         return state.replace(running=runs(state))
 
-    return Greedy(partial(prepare, cfg=cfg, dtype=dtype), begin, go_on)
+    return Greedy(partial(prepare, dtype=dtype), begin, go_on)
 
 
-def prepare(params: Params, *, cfg: ModelConfig, dtype: Any) -> Params:
-    """The parameters as decoding reads them for every token: all but norms in `dtype`; on GPUs with
-    a tuple of layers, whose weights would be copied out of their stack for each token."""
-    apart = mesh.platform() == "gpu"
+def prepare(params: Params, *, dtype: Any) -> Params:
+    """The parameters as decoding reads them for every token: all but norms in `dtype`; on GPUs that
+    have whole weights with a tuple of layers, a second copy of them, for of a stack each layer's
+    would be copied out for each token. (Sharded over `data` and apart, XLA would gather all before
+    the first token.) What need not change is not copied. Abstract parameters give abstract weights.
+    """
+    if not isinstance(params["layers"], dict):
+        return params  # prepared already
+    set_mesh = mesh.current()
+    apart = mesh.platform() == "gpu" and (set_mesh is None or set_mesh.shape["data"] == 1)
 
-    def is_read(path: tuple) -> bool:
-        return not str(path[-1].key).endswith("norm")
+    def cast(path: tuple, w: Any) -> Any:
+        as_it_is = w.dtype == dtype or str(path[-1].key).endswith("norm")
+        return w if as_it_is else _made(_cast, w, dtype)
 
-    def cast(path: tuple, w: jax.Array) -> jax.Array:
-        return w.astype(dtype) if is_read(path) else w
+    if apart:
+        rest = {name: w for name, w in params.items() if name != "layers"}
+        rest = jax.tree_util.tree_map_with_path(cast, rest)
+        return rest | {"layers": _made(_take_apart, params["layers"], dtype)}
+    return jax.tree_util.tree_map_with_path(cast, params)
 
-    @jax.jit
-    def made(params: Params) -> Params:
-        weights = jax.tree_util.tree_map_with_path(cast, params)
-        if apart:
-            layers = weights["layers"]
-            weights["layers"] = tuple(
-                jax.tree.map(lambda w, i=i: w[i], layers) for i in range(cfg.num_layers)
-            )
-        return weights
 
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    as_they_are = all(w.dtype == dtype or not is_read(path) for path, w in leaves)
-    return params if as_they_are and not apart else made(params)
+def _made(fn: Callable[..., Any], tree: Any, dtype: Any) -> Any:
+    if isinstance(jax.tree.leaves(tree)[0], jax.ShapeDtypeStruct):
+        return jax.eval_shape(partial(fn, dtype=dtype), tree)
+    return fn(tree, dtype=dtype)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _cast(w: jax.Array, dtype: Any) -> jax.Array:
+    return w.astype(dtype)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _take_apart(layers: Params, dtype: Any) -> tuple[Params, ...]:
+    count = len(jax.tree.leaves(layers)[0])
+    typed = {name: w if name.endswith("norm") else w.astype(dtype) for name, w in layers.items()}
+    return tuple({name: w[i] for name, w in typed.items()} for i in range(count))
 
 
 def cache_order(rows: int) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ use. For GPUs the steps are compiled for as many CPU devices, whose memory is an
 compiler fuses and schedules otherwise.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -142,7 +143,9 @@ def search_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: 
     if run.search.estimator != "score":
         rows = rows_here(searched_rows(run))
         kept = activation_bytes(run, cfg, rows, model_size(), trained=False)
-    return _compile(step.trace(*arguments), topology, teacher=local_bytes(params), activations=kept)
+    with _as_there(topology):
+        traced = step.trace(*arguments)
+    return _compile(traced, topology, teacher=local_bytes(params), activations=kept)
 
 
 def train_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topology) -> Memory:
@@ -152,8 +155,10 @@ def train_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: T
     state, online, *_ = arguments
     dense = local_bytes(decoder.abstract_params(cfg, jnp.dtype(source_dtype)))
     teacher = 0 if recipe.teacher == "cache" else dense  # without one it measures the student
+    with _as_there(topology):
+        traced = step.trace(*arguments)
     return _compile(
-        step.trace(*arguments),
+        traced,
         topology,
         parameters=local_bytes(state.params),
         optimiser=local_bytes(state.opt_state),
@@ -176,33 +181,52 @@ def decode_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: 
     """
     dense, student = decoder.abstract_params(cfg, jnp.dtype(source_dtype)), student_config(run, cfg)
     teacher, wide = local_bytes(dense), decoder.abstract_params(student)
-    both = [_decoding(run, cfg, dense), _decoding(run, student, wide)]
-    caches = [local_bytes(state.cache) for _, _, state in both]
-    if caches[0] > caches[1] + local_bytes(wide):
-        (step, weights, state), parameters, idle = both[0], 0, 0
-    else:  # in bfloat16 what decoding reads of the student is made of it and lies beside it
-        (step, weights, state), parameters = both[1], local_bytes(wide)
-        idle = teacher + (0 if weights is wide else parameters)
+    parameters = local_bytes(wide)
+    with _as_there(topology):
+        first, second = _decoding(run, cfg, dense), _decoding(run, student, wide)
+    # What lies there of what decoding reads and writes, and of what it is made of.
+    if first.bytes + first.idle > second.bytes + second.idle + teacher:
+        worse, parameters, idle = first, 0, first.idle
+    else:
+        worse, idle = second, second.idle + teacher
     return _compile(
-        step.trace(weights, state),
+        worse.traced,
         topology,
         parameters=parameters,
         teacher=teacher,
         idle=idle,
-        activations=local_bytes(state.cache),
+        activations=worse.cache,
     )
 
 
-def _decoding(run: config.Run, cfg: ModelConfig, params: Any) -> tuple[Any, Any, Any]:
-    """The jitted function that decodes, and its abstract weights and state after the prompts."""
+@dataclasses.dataclass(frozen=True)
+class _Decoding:
+    traced: Any
+    bytes: int  # of its arguments, a device
+    cache: int  # of them keys and values
+    idle: int  # parameters that what it reads was made of, and that stay
+
+
+def _decoding(run: config.Run, cfg: ModelConfig, params: Any) -> _Decoding:
+    """The jitted function that decodes, traced for the state after the prompts."""
     prompt, answer = decoded(run, cfg)
     dtype = job.DTYPES[run.model.dtype]
     greedy = generate.make_greedy(cfg, dtype=dtype, max_new_tokens=answer, eos=(0,))
     tokens = decoder.abstract_batch(job.rows_per_batch(run.evaluate.batch), prompt).tokens
-    weights = jax.eval_shape(greedy.prepare, params)
-    if local_bytes(weights) == local_bytes(params):
-        weights = params
-    return greedy.go_on, weights, jax.eval_shape(greedy.begin, weights, tokens, tokens)
+    weights = greedy.prepare(params)
+    read = set(map(id, jax.tree.leaves(weights)))
+    state = jax.eval_shape(greedy.begin, weights, tokens, tokens)
+    return _Decoding(
+        traced=greedy.go_on.trace(weights, state),
+        bytes=local_bytes((weights, state)),
+        cache=local_bytes(state.cache),
+        idle=local_bytes([x for x in jax.tree.leaves(params) if id(x) not in read]),
+    )
+
+
+def _as_there(topology: Topology) -> contextlib.AbstractContextManager[None]:
+    """Where CPU devices stand for GPUs, what is traced within is what GPUs would run."""
+    return contextlib.nullcontext() if topology.is_tpu else mesh.standing_for("gpu")
 
 
 def _compile(

@@ -260,7 +260,7 @@ def describe(plan: Plan) -> str:
 
 NAMES = {"search": "search", "distill": "distillation", "decode": "decoding"}
 LESS = {
-    "search": "search.microbatch",
+    "search": "search.microbatch or search.masks_per_window",
     "distill": "distill.microbatch",
     "decode": "evaluate.batch or evaluate.max_new_tokens",
 }

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from e3jax import config, job, mesh
 from e3jax.errors import UserError
-from e3jax.models import decoder
+from e3jax.models import cudnn, decoder
 from e3jax.models.config import ModelConfig
 from e3jax.planning import compile, cost
 from e3jax.planning.chips import Topology
@@ -62,14 +62,14 @@ def rank(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topolog
     found = [
         choice
         for sizes in _meshes(cfg, topology)
-        if run.search.batch % sizes.shards == 0
+        if run.search.together % sizes.shards == 0  # and so the batch
         for choice in _choices(run, cfg, source_dtype, topology, sizes)
     ]
     if not found:
         raise UserError(
             f"distill.batch={run.distill.batch}: no mesh of {topology.text} ({topology.devices} "
-            f"devices) can share its windows and those of search.batch={run.search.batch} evenly; "
-            "make both multiples of the devices"
+            f"devices) can share its windows and the {run.search.together} of search.microbatch, "
+            f"or search.batch={run.search.batch}, evenly; make both multiples of the devices"
         )
     return sorted(found, key=lambda c: (c.seconds, c.memory))
 
@@ -144,7 +144,9 @@ def _work_space(
     size = job.DTYPES[run.model.dtype](0).itemsize
     heads, mlp = cfg.num_heads * cfg.head_dim / model, cfg.mlp_width / model
     layer = tokens * (8 * cfg.width + 4 * heads + 6 * mlp) * size
-    if not topology.is_tpu:  # scores of every query and key
+    whole = all(window is None or window >= time for window in cfg.windows)
+    kernel = whole and cudnn.takes(time, cfg.head_dim, job.DTYPES[run.model.dtype], 1)
+    if not topology.is_tpu and not kernel:  # scores of every query and key
         layer += rows * cfg.num_heads / model * time**2 * 12
     logits = 4 * 4 * min(run.distill.chunk, tokens) * cfg.vocab_size / model
     projections, _, mlp_flops = cost.layer_flops(cfg, 1)
