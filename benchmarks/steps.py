@@ -232,7 +232,7 @@ def stored_batches(windows, rows, k, folder):
     from e3jax.data.batches import gather, prefetch
     from e3jax.data.teacher import TeacherCache, open_cache
     from e3jax.job import to_batch
-    from e3jax.teaching import Stored
+    from e3jax.teaching import read_rows
 
     rng, facts = np.random.default_rng(1), (windows, k, 1.0, "random")
     cache = TeacherCache.create(folder, *facts)
@@ -246,7 +246,7 @@ def stored_batches(windows, rows, k, folder):
 
     def read(step: int):
         arrays = gather(windows, (step * rows + np.arange(rows)) % len(windows))
-        return to_batch(arrays, windows), Stored.rows(cache, arrays["index"])
+        return to_batch(arrays, windows), read_rows(cache, arrays["index"])
 
     return ((None, *mesh.shard_batch(arrays)) for _, arrays in prefetch(read, 0, 1000))
 

@@ -296,7 +296,7 @@ def train_student(
     def measured() -> Iterator[Any]:
         # The batch size of a forward pass in the step is one that fits.
         for arrays in job.ordered_arrays(held_out, recipe.microbatch or recipe.batch):
-            known = stored and stored.rows(stored.held_out, arrays["index"])
+            known = stored and teaching.read_rows(stored.held_out, arrays["index"])
             yield job.to_batch(arrays, held_out), known
 
     def evaluate(_: int, state: distill.TrainState) -> tuple[distill.TrainState, dict]:
@@ -311,7 +311,7 @@ def train_student(
     def batches(step: int, /) -> dict[str, Any]:
         arrays: dict[str, Any] = plain_batches(step)
         if stored is not None:
-            arrays["stored"] = stored.rows(stored.train, arrays["index"])
+            arrays["stored"] = teaching.read_rows(stored.train, arrays["index"])
         return arrays
 
     decides = dataclasses.asdict(recipe)

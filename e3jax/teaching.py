@@ -36,11 +36,11 @@ class Stored:
     train: TeacherCache
     held_out: TeacherCache
 
-    @staticmethod
-    def rows(cache: TeacherCache, index_b: np.ndarray) -> losses.TopK:
-        """Of windows by their numbers, as numpy arrays."""
-        found = cache.read(index_b)
-        return losses.TopK(ids=found["ids"], logp=found["logp"], entropy=found["entropy"])
+
+def read_rows(cache: TeacherCache, index_b: np.ndarray) -> losses.TopK:
+    """What is stored of windows, by their numbers, as numpy arrays."""
+    found = cache.read(index_b)
+    return losses.TopK(ids=found["ids"], logp=found["logp"], entropy=found["entropy"])
 
 
 def stored_teacher(job_: Job) -> Stored:

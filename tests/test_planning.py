@@ -183,6 +183,20 @@ def test_parts_add_up_and_the_estimate_is_near(teacher):
     assert tree["chip_hours"] == pytest.approx(8 * tree["roofline_hours"] / plan.SHARE)
 
 
+def test_steps_do_not_grow_with_depth():
+    """So neither does the time it takes to compile them: a model's layers are one scan's body."""
+    run, lines = small_run(microbatch=8), set()
+    with jax.set_mesh(compile.open_mesh(chips.parse("h100:8"), run.mesh)):
+        for layers in (4, 16):
+            deep = dataclasses.replace(MODEL, num_layers=layers, windows=(None,) * layers)
+            texts = []
+            for inputs in (compile.search_inputs, compile.train_inputs):
+                step, arguments = inputs(run, deep, "float32")
+                texts.append(step.trace(*arguments).lower().as_text())
+            lines.add(tuple(len(text.splitlines()) for text in texts))
+    assert len(lines) == 1, lines
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_gpu_steps_are_those_with_the_kernel(dtype):
     """In bfloat16 nothing of [T, T] is there, as cuDNN's kernel needs none; float32 has masks."""

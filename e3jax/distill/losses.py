@@ -14,8 +14,7 @@ from e3jax import mesh
 from e3jax.distill import terms
 from e3jax.distill.terms import Objective, Online, Sums, TopK, entropy
 from e3jax.errors import UserError
-from e3jax.models.attention import precision
-from e3jax.models.decoder import unembed
+from e3jax.models.decoder import unembed, wide_product
 
 
 def abstract_topk(rows: int, time: int, k: int) -> TopK:
@@ -128,10 +127,10 @@ def _scan(
             return (row_sums(logits_q, *rest)[1], None), None
         grad, rows = jax.grad(row_sums, has_aux=True)(logits_q, *rest)
         grad = grad.astype(h.dtype)
-        d_h = _product("btv,vd->btd", grad, head_q, mesh.out(("batch", None, None), h.shape))
+        d_h = wide_product("btv,vd->btd", grad, head_q, mesh.out(("batch", None, None), h.shape))
         if wanted == "h":
             return (rows, None), d_h.astype(h.dtype)
-        d_head = _product("btv,btd->vd", grad, h, mesh.unreduced(axes, head.shape))
+        d_head = wide_product("btv,btd->vd", grad, h, mesh.unreduced(axes, head.shape))
         return (rows, d_head), d_h.astype(h.dtype)
 
     size = positions(h.shape, objective.chunk)
@@ -147,18 +146,6 @@ def _scan(
     if d_h is not None:
         d_h = join_time(d_h, h.shape[1])
     return sums, (d_h, None if d_head is None else mesh.scatter(d_head, axes))
-
-
-def _product(expr: str, a: jax.Array, b: jax.Array, out: Any) -> jax.Array:
-    """float32 einsum, multiplied in the dtype of `a`."""
-    return jnp.einsum(
-        expr,
-        a,
-        b.astype(a.dtype),
-        precision=precision(a.dtype),
-        preferred_element_type=jnp.float32,
-        out_sharding=out,
-    )
 
 
 def positions(shape: tuple[int, ...], chunk: int) -> int:

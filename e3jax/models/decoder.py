@@ -270,16 +270,22 @@ def head(params: Params, cfg: ModelConfig) -> jax.Array:
     return params["embed" if cfg.tied else "head"]
 
 
+def wide_product(expr: str, a: jax.Array, b: jax.Array, out: Any) -> jax.Array:
+    """float32 einsum, multiplied in the dtype of `a`, with the sharding `out`."""
+    return jnp.einsum(
+        expr,
+        a,
+        b.astype(a.dtype),
+        precision=precision(a.dtype),
+        preferred_element_type=jnp.float32,
+        out_sharding=out,
+    )
+
+
 def unembed(h_btd: jax.Array, head_vd: jax.Array) -> jax.Array:
     """float32 logits [B, T, V], multiplied in the dtype of `h_btd`."""
-    return jnp.einsum(
-        "btd,vd->btv",
-        h_btd,
-        head_vd.astype(h_btd.dtype),
-        precision=precision(h_btd.dtype),
-        preferred_element_type=jnp.float32,
-        out_sharding=mesh.out(("batch", None, "vocab"), (*h_btd.shape[:2], head_vd.shape[0])),
-    )
+    out = mesh.out(("batch", None, "vocab"), (*h_btd.shape[:2], head_vd.shape[0]))
+    return wide_product("btd,vd->btv", h_btd, head_vd, out)
 
 
 def logits(params: Params, h_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
