@@ -210,9 +210,9 @@ def test_masks_of_a_window_are_rows_to_straight_through():
     assert metrics == pytest.approx({k: float(v) for k, v in want_metrics.items()}, rel=1e-5)
 
 
-@pytest.mark.parametrize("micro", [1, 2, 4])
-@pytest.mark.parametrize("masks", [1, 3])
-@pytest.mark.parametrize("estimator", ["mixed", "score"])
+@pytest.mark.parametrize(
+    "estimator,masks,micro", [("mixed", 1, 1), ("mixed", 3, 4), ("score", 3, 2)]
+)
 def test_micro_batches_give_the_whole_step(estimator, masks, micro):
     spec = make_spec(estimator=estimator, masks_per_window=masks)
     want, want_metrics = take(spec)
