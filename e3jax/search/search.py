@@ -137,6 +137,13 @@ def make_search_step(
         place = mesh.out(("batch", None))
         return slope, jax.tree.map(lambda x: x.reshape(-1, masks, out_sharding=place), sums)
 
+    def advantages(sums: losses.Sums) -> jax.Array:
+        """Of each row, [W * M]. The masks of one window are compared with each other, for windows
+        differ more than masks do; where each has one, all are."""
+        flat = functools.partial(jnp.ravel, out_sharding=mesh.out(("batch",)))
+        rows = (sums.loss, sums.weight) if masks > 1 else map(flat, (sums.loss, sums.weight))
+        return flat(gumbel.advantage(*rows))
+
     def step(state: SearchState, params: Params, batch: Batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         k = gumbel.curriculum(state.step, spec.steps, spec.curriculum, cfg.num_layers, keep)
@@ -171,13 +178,9 @@ def make_search_step(
             through, gate_scale = _normalise(through, gate_scale, state.step)
         grad = through
         if spec.estimator != "straight_through":
-            flat = functools.partial(jnp.ravel, out_sharding=mesh.out(("batch",)))
-            # Masks of one window are compared with each other: windows differ more than masks do.
-            rows = (sums.loss, sums.weight) if masks > 1 else map(flat, (sums.loss, sums.weight))
-            advantage = flat(gumbel.advantage(*rows))
-            grad = gumbel.score_gradient(state.theta, draw, advantage)
-            if spec.estimator == "mixed":
-                grad = grad + through * _norm(grad) / jnp.maximum(_norm(through), 1e-12)
+            grad = gumbel.score_gradient(state.theta, draw, advantages(sums))
+        if spec.estimator == "mixed":
+            grad = grad + through * _norm(grad) / jnp.maximum(_norm(through), 1e-12)
         theta, opt_state, norm, finite = optim.update(optimizer, grad, state.opt_state, state.theta)
         gate_scale = jnp.where(finite, gate_scale, state.gate_scale)
         tokens = masks * jnp.sum(batch.segments > 0).astype(jnp.float32)
