@@ -105,6 +105,7 @@ def check(params, cfg, rows) -> None:
     import numpy as np
 
     from e3jax import mesh
+    from e3jax.distill.terms import at_ids
     from e3jax.models import decoder
 
     time = rows.shape[1]
@@ -117,8 +118,7 @@ def check(params, cfg, rows) -> None:
         h = decoder.hidden(params, batch, cfg, dtype=jnp.float32, remat="none")
         z = decoder.logits(params, h[:, PROMPT - 1 : -1], cfg)
         best = jnp.max(z, -1)
-        is_chosen = jnp.arange(cfg.vocab_size) == batch.tokens[:, PROMPT:, None]
-        chosen = jnp.sum(jnp.where(is_chosen, z, 0.0), -1)
+        chosen = at_ids(z, batch.tokens[:, PROMPT:, None])[..., 0]
         return (best - chosen) / (best - jnp.mean(z, -1))
 
     whole = jax.tree.map(lambda x: jax.device_put(x, mesh.sharding((None, None))), batch)

@@ -240,6 +240,11 @@ class Distill:
             )
         return self
 
+    @property
+    def together(self) -> int:
+        """Windows of a forward pass."""
+        return self.microbatch or self.batch
+
 
 PLAIN: dict[str, Any] = {"teacher": "none", "weight": "uniform", "ce": 1.0}
 

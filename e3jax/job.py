@@ -169,7 +169,7 @@ def check_batches(run: config.Run, command: str) -> None:
     if command == "search":
         return
     mesh.check_shared("distill.batch", run.distill.batch)
-    mesh.check_shared("distill.microbatch", run.distill.microbatch or run.distill.batch)
+    mesh.check_shared("distill.microbatch", run.distill.together)
 
 
 @contextlib.contextmanager

@@ -212,7 +212,7 @@ def recover(job_: Job, mask: Mask, folder: pathlib.Path) -> Params:
         return distill.mean_teacher_entropy(
             job_.params,
             job_.cfg,
-            job.ordered(job_.train, recipe.microbatch or recipe.batch, CALIBRATION_WINDOWS),
+            job.ordered(job_.train, recipe.together, CALIBRATION_WINDOWS),
             temperature=recipe.temperature,
             dtype=job_.dtype,
             chunk=recipe.chunk,
@@ -270,7 +270,7 @@ def train_student(
       teacher are asked for at the first step. stored: the teacher instead, for `teacher: cache`.
     Held-out figures are KL and agreement with the teacher, and perplexity.
     """
-    if recipe.batch % (recipe.microbatch or recipe.batch):
+    if recipe.batch % recipe.together:
         raise UserError(
             f"distill.microbatch={recipe.microbatch} does not divide distill.batch={recipe.batch}"
         )
@@ -295,7 +295,7 @@ def train_student(
 
     def measured() -> Iterator[Any]:
         # The batch size of a forward pass in the step is one that fits.
-        for arrays in job.ordered_arrays(held_out, recipe.microbatch or recipe.batch):
+        for arrays in job.ordered_arrays(held_out, recipe.together):
             known = stored and teaching.read_rows(stored.held_out, arrays["index"])
             yield job.to_batch(arrays, held_out), known
 

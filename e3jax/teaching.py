@@ -120,7 +120,7 @@ def _fill(job_: Job, name: str, windows: Windows, cache: TeacherCache) -> None:
 
     needed = np.isin(cache.rows, cache.todo()).astype(np.uint8)
     todo = cache.rows[processes.array_from_first(needed) == 1]
-    rows = job.rows_per_batch(recipe.microbatch or recipe.batch)
+    rows = job.rows_per_batch(recipe.together)
     here, owner = mesh.rows_here(rows), mesh.row_owners(rows)
     turns = deal(todo, owner)
     for index in over(name, turns, len(turns)):

@@ -77,7 +77,7 @@ def make_train_step(
     `cache`; both are None for `none`. Metrics are float32 scalars, averages over tokens.
     """
     objective = losses.Objective.of(recipe)
-    count = recipe.batch // (recipe.microbatch or recipe.batch)
+    count = recipe.batch // recipe.together
 
     def step(state: TrainState, teacher: Params | None, batch: Batch, stored: losses.TopK | None):
         def sums_fn(params: Params, micro: tuple[Batch, losses.TopK | None]) -> Any:

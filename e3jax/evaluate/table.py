@@ -124,7 +124,7 @@ def _measure(
 def _measured(job_: Job) -> Iterator[Batch]:
     """The windows of the figures; as many at a time as a forward pass of the recovery has."""
     recipe = job_.run.distill
-    return job.ordered(job_.measured, recipe.microbatch or recipe.batch)
+    return job.ordered(job_.measured, recipe.together)
 
 
 def summary(row: Row) -> str:

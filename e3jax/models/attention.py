@@ -33,13 +33,18 @@ def make_attention(
     time, platform = segments_bt.shape[1], mesh.platform()
     if platform == "tpu" and splash.suits(time, head_dim):
         return by_splash(segments_bt, windows)
-    whole = all(window is None or window >= time for window in windows)
+    whole = see_all(windows, time)
     if platform == "gpu" and whole and mesh.is_stood_for():
         if cudnn.takes(time, head_dim, dtype, documents or 1):
             return lambda kind, q, k, v: _memory_of_kernel(q, k, v)
     elif platform == "gpu" and whole and cudnn.suits(time, head_dim, dtype, documents):
         return by_cudnn(segments_bt, documents or 1)
     return by_mask(segments_bt, windows)
+
+
+def see_all(windows: Sequence[int | None], time: int) -> bool:
+    """Whether no sliding window hides anything in rows of `time` tokens."""
+    return all(window is None or window >= time for window in windows)
 
 
 def by_splash(segments_bt: jax.Array, windows: Sequence[int | None]) -> AttendOfKind:

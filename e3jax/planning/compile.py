@@ -167,7 +167,7 @@ def train_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: T
         activations=activation_bytes(
             run,
             student,
-            rows_here(recipe.microbatch or recipe.batch),
+            rows_here(recipe.together),
             model_size(),
             trained=True,
         ),

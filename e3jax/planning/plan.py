@@ -101,7 +101,7 @@ def make_plan(
         found = [pool.submit(measure, step) for step in steps]
         decode = pool.submit(measure, compile.decode_step) if run.data.test else None
         search, distill = measured or [future.result() for future in found]
-    micro = run.distill.microbatch or run.distill.batch
+    micro = run.distill.together
     return Plan(
         topology=topology,
         mesh=mesh,
@@ -137,7 +137,7 @@ def _stages(
         return Stage(name, tokens, each * times)
 
     window = run.data.window
-    micro = recipe.microbatch or recipe.batch
+    micro = recipe.together
     importance = counted.importance_tokens / (search.together * window)
     scores = counted.scoring_tokens / (search.score_windows * window)
     distill = cost.train_roofline(run, cfg, topology, mesh).seconds / 3600

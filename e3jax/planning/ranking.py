@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from e3jax import config, job, mesh
 from e3jax.errors import UserError
 from e3jax.models import cudnn, decoder
+from e3jax.models.attention import see_all
 from e3jax.models.config import ModelConfig
 from e3jax.planning import compile, cost
 from e3jax.planning.chips import Topology
@@ -123,7 +124,7 @@ def estimate(
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh(sizes.replica, sizes.data, sizes.model)):
         wide = compile.local_bytes(decoder.abstract_params(student))
         dense = compile.local_bytes(decoder.abstract_params(cfg, jnp.dtype(source_dtype)))
-    micro = recipe.microbatch or recipe.batch
+    micro = recipe.together
     gradients = wide * (1 if micro == recipe.batch else 2)
     rows = -(-micro // sizes.shards)
     distill = 3 * wide + gradients + (0 if recipe.teacher == "cache" else dense)
@@ -144,9 +145,11 @@ def _work_space(
     size = job.DTYPES[run.model.dtype](0).itemsize
     heads, mlp = cfg.num_heads * cfg.head_dim / model, cfg.mlp_width / model
     layer = tokens * (8 * cfg.width + 4 * heads + 6 * mlp) * size
-    whole = all(window is None or window >= time for window in cfg.windows)
-    kernel = whole and cudnn.takes(time, cfg.head_dim, job.DTYPES[run.model.dtype], 1)
-    if not topology.is_tpu and not kernel:  # scores of every query and key
+    kernel = topology.is_tpu or (
+        cudnn.takes(time, cfg.head_dim, job.DTYPES[run.model.dtype], 1)
+        and see_all(cfg.windows, time)
+    )
+    if not kernel:  # scores of every query and key
         layer += rows * cfg.num_heads / model * time**2 * 12
     logits = 4 * 4 * min(run.distill.chunk, tokens) * cfg.vocab_size / model
     projections, _, mlp_flops = cost.layer_flops(cfg, 1)
