@@ -9,21 +9,17 @@ the greatest that its allocator had in use. An arm's KL is compared with one in 
 timed. Share: of a bfloat16 product of 8192 x 8192 matrices in the same run, with the operations a
 model needs, none that is repeated: one forward pass is 1, causal attention a half of the square; a
 distillation is the teacher's pass and three of the student's, a search three of the dense model's,
-of which one is shared by M rows where M masks are drawn for a window (`masksM`).
+of which one is shared by M rows where M masks are drawn for a window (`masksM`). On a mesh of several
+GPUs (`dataN`, `modelN`) the share is of as many, and GiB are of the GPU that has most.
 PyTorch arms need torch and transformers, those with Liger liger-kernel; ours need JAX for CUDA.
 """
 
 import argparse
-import contextlib
-import dataclasses
-import itertools
-import pathlib
+import re
 import statistics
 import sys
-import tempfile
-import time
 
-from arms import LR, ROW, SHAPES, VOCAB, give, kept, middle, model_config, run_arm, timed
+from arms import ROW, SHAPES, give, kept, middle, model_config, run_arm, timed
 
 
 def main() -> None:
@@ -41,7 +37,7 @@ def main() -> None:
             print(f"{arm:<44}  {found['error']}", flush=True)
             continue
         median, spread = middle(found["seconds"])
-        share = options.tokens * flops_per_token(options, arm) / median / rate
+        share = options.tokens * flops_per_token(options, arm) / median / rate / gpus(arm)
         print(
             f"{arm:<44}{options.tokens / median:>10,.0f}{spread:>9.1%}{share:>8.3f}"
             f"{found['peak'] / 2**30:>7.1f}{found['first']:>9.0f}{found['kl']:>9.4f}"
@@ -57,33 +53,42 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", choices=SHAPES, default="1.7b")
     parser.add_argument("--layers", type=int, help="of the dense model, instead of its own")
     parser.add_argument("--tokens", type=int, default=32_768, help="a step")
-    parser.add_argument("--arms", nargs="+", help="ours: e3jax:MICROBATCH:REMAT[:masksM][:cache]")
+    parser.add_argument(
+        "--arms", nargs="+", help="ours: e3jax:MICROBATCH:REMAT[:masksM][:cache][:dataN][:modelN]"
+    )
     parser.add_argument("--documents", type=int, default=1, help="in each of our rows")
     parser.add_argument("--chunk", type=int, default=4096, help="tokens whose logits exist")
     parser.add_argument("--profile", action="store_true", help="ours: where a step's time goes")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     options = parser.parse_args()
     for arm in options.arms or ():
-        if options.tokens % (ROW * masks(arm.split(":"))):
-            parser.error(f"--tokens: {arm} needs a multiple of {ROW * masks(arm.split(':'))}")
+        if options.tokens % (ROW * number(arm, "masks")):
+            parser.error(f"--tokens: {arm} needs a multiple of {ROW * number(arm, 'masks')}")
     return options
 
 
 def measure(options: argparse.Namespace) -> dict:
     """The outcome of one arm, in this process."""
-    name, *details = options.arm.split(":")
+    name, _, details = options.arm.partition(":")
     if name == "matmul":
         return {"rate": matmul_rate()}
     if name == "torch":
         from peer import peer
 
-        return peer(options, *details, masks=masks(details))
-    return ours(options, *details)
+        return peer(options, *details.split(":"), masks=number(details, "masks"))
+    from ours import ours, read_arm
+
+    return ours(options, read_arm(details))
 
 
-def masks(details) -> int:
-    """Masks a window in a search."""
-    return next((int(d[len("masks") :]) for d in details if d.startswith("masks")), 1)
+def number(arm: str, word: str) -> int:
+    """N where an arm's name says wordN, else 1."""
+    found = re.search(rf":{word}(\d+)", arm)
+    return int(found[1]) if found else 1
+
+
+def gpus(arm: str) -> int:
+    return number(arm, "data") * number(arm, "model")
 
 
 def flops_per_token(options: argparse.Namespace, arm: str) -> float:
@@ -94,8 +99,8 @@ def flops_per_token(options: argparse.Namespace, arm: str) -> float:
 
     dense = model_config(options.shapes, options.layers)
     if options.step == "search":
-        return (2 + 1 / masks(arm.split(":"))) * forward(dense)
-    taught = 0 if arm.endswith("cache") else forward(dense)
+        return (2 + 1 / number(arm, "masks")) * forward(dense)
+    taught = 0 if ":cache" in arm else forward(dense)
     return taught + 3 * forward(dense.take_layers(kept(dense.num_layers)))
 
 
@@ -112,203 +117,6 @@ def matmul_rate() -> float:
 
     _, seconds = timed(lambda: product(a, b).block_until_ready(), lambda: None)
     return 10 * 2 * 8192**3 / statistics.median(seconds)
-
-
-# ---------------------------------------------------------------- e3jax
-
-
-def ours(options: argparse.Namespace, micro: str = "8", remat: str = "layer", *more: str) -> dict:
-    """A step as the stages make it: float32 masters and moments, bfloat16 compute.
-
-    more: masksM, or cache: the teacher's top 10 from a cache on this disk, read ahead.
-    """
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from e3jax import mesh
-    from e3jax.data.windows import Windows
-    from e3jax.models import decoder
-
-    jax.config.update("jax_threefry_partitionable", True)
-    dense = model_config(options.shapes, options.layers)
-    rows = options.tokens // ROW // masks(more)
-    rng = np.random.default_rng(0)
-    shape = (rows * (4 if "cache" in more else 1), ROW)
-    segments = 1 + np.sort(rng.integers(0, options.documents, shape), axis=1)
-    tokens = rng.integers(0, VOCAB, shape, dtype=np.int32)
-    windows = Windows(tokens, segments.astype(np.int32), np.ones(shape, bool), {}, "random")
-    with jax.set_mesh(mesh.make_mesh()), contextlib.ExitStack() as stack:
-        params = decoder.init_params(jax.random.key(0), dense, jnp.bfloat16)
-        make = search_arm if options.step == "search" else distil_arm
-        take, state, inputs, figure = make(
-            options, dense, params, windows, rows, int(micro), remat, more, stack
-        )
-        del params  # a cached teacher's are not there
-        said, waited = {}, []
-
-        def step():
-            nonlocal state, said
-            begun = time.perf_counter()
-            arrays = next(inputs)
-            waited.append(time.perf_counter() - begun)
-            state, said = take(state, *arrays)
-
-        first, seconds = timed(step, lambda: jax.block_until_ready(said))
-        found = {
-            "first": first,
-            "seconds": seconds,
-            "peak": jax.local_devices()[0].memory_stats()["peak_bytes_in_use"],
-            "kl": float(said[figure]),
-            "waited": sum(waited[-len(seconds) :]) / sum(seconds),
-        }
-        if options.profile:
-            found["profile"] = profile(step, lambda: jax.block_until_ready(said))
-    return found
-
-
-def search_arm(options, dense, params, windows, rows, micro, remat, more, stack):
-    """(step, state, its other arguments, which metric is the loss)."""
-    import jax.numpy as jnp
-
-    from e3jax import config, mesh
-    from e3jax.search import search
-
-    spec = config.Search(
-        keep=len(kept(dense.num_layers)), steps=100, batch=rows, masks_per_window=masks(more),
-        microbatch=min(micro, rows),
-    )  # fmt: skip
-    take = search.make_search_step(
-        dense, spec, seed=0, dtype=jnp.bfloat16, remat=remat, chunk=options.chunk
-    )
-    state = mesh.replicate(search.init_state(jnp.zeros(dense.num_layers), spec))
-    return take, state, itertools.repeat((params, whole_batch(windows, rows))), "loss"
-
-
-def distil_arm(options, dense, params, windows, rows, micro, remat, more, stack):
-    import jax.numpy as jnp
-
-    from e3jax import config
-    from e3jax.distill import distill
-    from e3jax.models import decoder
-    from e3jax.training.optim import make_optimizer
-
-    keep = kept(dense.num_layers)
-    recipe = config.Distill(
-        steps=100, batch=rows, microbatch=min(micro, rows), chunk=options.chunk,
-        optimizer=config.Optimizer(lr=LR), teacher="cache" if "cache" in more else "online",
-    )  # fmt: skip
-    student = dense.take_layers(keep)
-    optimizer = make_optimizer(recipe.optimizer, recipe.steps)
-    take = distill.make_train_step(
-        student, recipe, optimizer, teacher_cfg=dense, dtype=jnp.bfloat16, remat=remat
-    )
-    start = decoder.take_layers(params, keep)
-    state = distill.init_state(start, optimizer, 11.0)
-    if "cache" in more:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        return take, state, stored_batches(windows, rows, recipe.top_k, folder), "kl"
-    batch = whole_batch(windows, rows)
-    check_ours(start, student, params, dense, batch)
-    return take, state, itertools.repeat((params, batch, None)), "kl"
-
-
-def whole_batch(windows, rows):
-    import numpy as np
-
-    from e3jax import mesh
-    from e3jax.data.batches import gather
-    from e3jax.job import to_batch
-
-    return mesh.shard_batch(to_batch(gather(windows, np.arange(rows)), windows))
-
-
-def stored_batches(windows, rows, k, folder):
-    """A step's arguments without a teacher's parameters: batches, and a random teacher's top k read
-    from a cache in `folder`, ahead of the step as a stage does."""
-    import numpy as np
-
-    from e3jax import mesh
-    from e3jax.data.batches import gather, prefetch
-    from e3jax.data.teacher import TeacherCache, open_cache
-    from e3jax.job import to_batch
-    from e3jax.teaching import read_rows
-
-    rng, facts = np.random.default_rng(1), (windows, k, 1.0, "random")
-    cache = TeacherCache.create(folder, *facts)
-    for index in np.arange(len(windows)).reshape(-1, rows):
-        z = -np.sort(-rng.normal(size=(rows, ROW, k)), axis=-1)
-        logp = z - np.logaddexp.reduce(z, axis=-1, keepdims=True) - 0.1
-        ids = rng.integers(0, VOCAB - k, (rows, ROW, 1)) + np.arange(k)
-        cache.write(index, ids, logp, np.full((rows, ROW), 2.0), np.full((rows, ROW), 9.0))
-    cache.finish(windows)
-    cache = open_cache(folder, *facts)
-
-    def read(step: int):
-        arrays = gather(windows, (step * rows + np.arange(rows)) % len(windows))
-        return to_batch(arrays, windows), read_rows(cache, arrays["index"])
-
-    return ((None, *mesh.shard_batch(arrays)) for _, arrays in prefetch(read, 0, 1000))
-
-
-def check_ours(student, cfg, teacher, dense, batch) -> None:
-    """The KL of 256 tokens in bfloat16 is that in float32 by the textbook, within 2 %."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from e3jax.distill import losses
-    from e3jax.models import decoder
-
-    few = dataclasses.replace(jax.tree.map(lambda x: x[:1, :256], batch), documents=batch.documents)
-
-    @jax.jit
-    def both(student, teacher, few):
-        h_q = decoder.hidden(student, few, cfg, dtype=jnp.bfloat16, remat="none")
-        h_p = decoder.hidden(teacher, few, dense, dtype=jnp.bfloat16, remat="none")
-        heads = decoder.head(student, cfg), decoder.head(teacher, dense)
-        known, objective = losses.Online(h_p, heads[1]), losses.Objective(chunk=100)
-        _, sums = losses.token_sums(h_q, heads[0], few.targets, few.mask, known, objective)
-        h_q = decoder.hidden(student, few, cfg, dtype=jnp.float32, remat="none")
-        h_p = decoder.hidden(teacher, few, dense, dtype=jnp.float32, remat="none")
-        q = jax.nn.log_softmax(decoder.logits(student, h_q, cfg))
-        p = jax.nn.log_softmax(decoder.logits(teacher, h_p, dense))
-        kl = jnp.sum(jnp.exp(p) * (p - q), -1)
-        return jnp.sum(sums.kl), jnp.sum(jnp.where(few.mask, kl, 0))
-
-    found, wanted = map(float, both(student, teacher, few))
-    np.testing.assert_allclose(found, wanted, rtol=0.02)
-
-
-def profile(step, synchronise) -> str:
-    """Where the time of two steps goes, by kernel: milliseconds a step."""
-    import collections
-    import tempfile
-
-    import jax
-
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            step()
-            step()
-            synchronise()
-        file = next(pathlib.Path(folder).rglob("*.xplane.pb"))
-        data = jax.profiler.ProfileData.from_file(str(file))
-    spent, count = collections.Counter(), collections.Counter()
-    for plane in data.planes:
-        if not plane.name.startswith("/device:GPU"):
-            continue
-        for line in plane.lines:
-            if not line.name.startswith("Stream"):
-                continue
-            for event in line.events:
-                spent[event.name] += event.duration_ns / 2e6
-                count[event.name] += 1
-    total = sum(spent.values())
-    lines = [f"    {total:9.1f} ms a step in all kernels"]
-    for name, ms in spent.most_common(45):
-        lines.append(f"    {ms:9.1f} ms {ms / total:6.1%} {count[name] // 2:6d} x  {name[:110]}")
-    return "\n".join(lines) + "\n"
 
 
 ARMS = {

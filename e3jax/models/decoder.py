@@ -126,7 +126,11 @@ def take_layers(params: Params, keep: Sequence[int]) -> Params:
 
 
 def _project(expr: str, x: jax.Array, w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """einsum of activations and a weight, in the activations' dtype, with the result's sharding."""
+    """einsum of activations and a weight, in the activations' dtype, with the result's sharding.
+
+    Letters that are summed over must be in the order of their axes by the alphabet, in which einsum
+    sums: else XLA transposes both operands.
+    """
     shape = jax.eval_shape(lambda a, b: jnp.einsum(expr, a, b), *map(_untyped, (x, w))).shape
     return jnp.einsum(
         expr,
@@ -148,6 +152,15 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (wide * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+def norm_rotate(
+    x: jax.Array, scale: jax.Array, eps: float, cos_sin: tuple[jax.Array, jax.Array]
+) -> jax.Array:
+    """`rope.rotate(rms_norm(x))`, the norm's factor last: XLA then has no float32 array between."""
+    wide = x.astype(jnp.float32)
+    factor = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (rope.rotate(wide * scale.astype(jnp.float32), cos_sin) * factor).astype(x.dtype)
+
+
 def attention(
     w: Params,
     x_btd: jax.Array,
@@ -165,11 +178,12 @@ def attention(
         )
     q, k, v = map(recompute.keep, (q, k, v))  # before the norm, whose backward asks for its input
     if cfg.qk_norm:
-        q = rms_norm(q, w["q_norm"], cfg.norm_eps)
-        k = rms_norm(k, w["k_norm"], cfg.norm_eps)
-    q, k = rope.rotate(q, cos_sin), rope.rotate(k, cos_sin)
+        q = norm_rotate(q, w["q_norm"], cfg.norm_eps, cos_sin)
+        k = norm_rotate(k, w["k_norm"], cfg.norm_eps, cos_sin)
+    else:
+        q, k = rope.rotate(q, cos_sin), rope.rotate(k, cos_sin)
     y = attend(q, k, v)
-    y = _project("btkgh,dkgh->btd", y, w["o"], ("batch", None, None))
+    y = _project("btnxy,dnxy->btd", y, w["o"], ("batch", None, None))
     return y + w["o_bias"].astype(y.dtype) if cfg.out_bias else y
 
 
@@ -217,6 +231,16 @@ def window_kinds(cfg: ModelConfig) -> tuple[tuple[int | None, ...], tuple[int, .
     return kinds, tuple(kinds.index(window) for window in cfg.windows)
 
 
+def first_layer(
+    params: Params, batch: Batch, cfg: ModelConfig, *, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Residual stream [B, T, D] into and out of layer 0: of all masked models what the dense one's
+    are. What `hidden` makes of them has no gradient below layer 0's gate."""
+    h = embed(params, batch.tokens, dtype)
+    apply = _applier(batch, cfg, dtype)
+    return h, apply(jax.tree.map(lambda stack: stack[0], params["layers"]), h, 0)
+
+
 def hidden(
     params: Params,
     batch: Batch,
@@ -225,6 +249,7 @@ def hidden(
     dtype: Any,
     gates_bl: jax.Array | None = None,
     layer_ids: jax.Array | None = None,
+    first: tuple[jax.Array, jax.Array] | None = None,
     remat: str = "layer",
     observe: Callable[[jax.Array, jax.Array], Any] | None = None,
 ) -> Any:
@@ -233,36 +258,51 @@ def hidden(
     gates_bl: float32 [B, L] of 0 and 1, a mask a row; a gate of 0 skips the layer exactly, and the
       gradient reaches every gate (see gate.py).
     layer_ids: int32 [K]: run only these layers, in this order, without copying their weights.
+    first: what `first_layer` gave for this batch; layer 0 is not run again.
     remat: what backward recomputes, see recompute.py: "layer" each layer from its input, "none"
       nothing, "selective" and "elementwise" what is cheap for the memory it would take.
     observe: statistics of (residual stream into, out of) each layer; then the result is a pair
       (hidden states, statistics stacked on axis 0). Layer outputs are before the final norm.
     """
-    assert gates_bl is None or layer_ids is None, "gates are for the whole stack"
-    cos_sin = rope.angles(batch.positions, cfg.rope, cfg.head_dim)
-    kinds, kind_of = window_kinds(cfg)
-    kind_l = jnp.asarray(kind_of, jnp.int32)
-    attend = make_attention(batch.segments, kinds, cfg.head_dim, dtype, batch.documents)
-    gates_lb = None if gates_bl is None else gates_bl.T
+    assert layer_ids is None or (gates_bl is None and first is None), "those are of the whole stack"
+    apply = _applier(batch, cfg, dtype)
 
     def body(h: jax.Array, xs: tuple) -> tuple[jax.Array, Any]:
-        w, kind, gate_b = xs
-        if layer_ids is not None:
-            w = jax.tree.map(lambda stack: stack[kind], params["layers"])
-            kind = kind_l[kind]
-        y = layer(w, h, cos_sin, functools.partial(attend, kind), cfg)
+        w, index, gate_b = xs
+        if w is None:
+            w = jax.tree.map(lambda stack: stack[index], params["layers"])
+        y = apply(w, h, index)
         stats = None if observe is None else observe(h, y)
         return (y if gate_b is None else apply_gate(h, y, gate_b)), stats
 
     body = recompute.checkpoint(body, remat)
-    h = embed(params, batch.tokens, dtype)
-    if layer_ids is None:
-        xs = (params["layers"], kind_l, gates_lb)
+    gates_lb = None if gates_bl is None else gates_bl.T
+    layers, ids = params["layers"], jnp.arange(cfg.num_layers)
+    if first is not None:
+        h = first[1] if gates_lb is None else apply_gate(*first, gates_lb[0])
+        layers, ids, gates_lb = None, ids[1:], None if gates_lb is None else gates_lb[1:]
     else:
-        xs = (None, jnp.asarray(layer_ids, jnp.int32), None)
-    h, stats = jax.lax.scan(body, h, xs)
+        h = embed(params, batch.tokens, dtype)
+        if layer_ids is not None:
+            layers, ids = None, jnp.asarray(layer_ids, jnp.int32)
+    h, stats = jax.lax.scan(body, h, (layers, ids, gates_lb))
     h = rms_norm(h, params["final_norm"], cfg.norm_eps)
     return h if observe is None else (h, stats)
+
+
+def _applier(
+    batch: Batch, cfg: ModelConfig, dtype: Any
+) -> Callable[[Params, jax.Array, Any], jax.Array]:
+    """A (weights, residual stream, index of the layer) -> residual stream after it, for a batch."""
+    cos_sin = rope.angles(batch.positions, cfg.rope, cfg.head_dim)
+    kinds, kind_of = window_kinds(cfg)
+    kind_l = jnp.asarray(kind_of, jnp.int32)
+    attend = make_attention(batch.segments, kinds, cfg.head_dim, dtype, batch.documents)
+
+    def apply(w: Params, h: jax.Array, index: Any) -> jax.Array:
+        return layer(w, h, cos_sin, functools.partial(attend, kind_l[index]), cfg)
+
+    return apply
 
 
 def head(params: Params, cfg: ModelConfig) -> jax.Array:

@@ -116,12 +116,15 @@ def make_search_step(
     def sums_fn(params: Params, windows: Batch, gates_wml: jax.Array) -> tuple[jax.Array, Any]:
         """Loss and sums of the masked models [W * M]; the dense one runs once for a window."""
         head, teacher = decoder.head(params, cfg), None
+        first = decoder.first_layer(params, windows, cfg, dtype=dtype)
         if spec.loss == "kl":
-            dense = decoder.hidden(params, windows, cfg, dtype=dtype, remat="none")
+            dense = decoder.hidden(params, windows, cfg, dtype=dtype, first=first, remat="none")
             teacher = losses.Online(dense, head)
-        batch = jax.tree.map(lambda x: mesh.repeat_rows(x, masks), windows)
+        batch, first = jax.tree.map(lambda x: mesh.repeat_rows(x, masks), (windows, first))
         gates = gates_wml.reshape(-1, cfg.num_layers, out_sharding=mesh.out(("batch", None)))
-        h = decoder.hidden(params, batch, cfg, dtype=dtype, gates_bl=gates, remat=remat)
+        h = decoder.hidden(
+            params, batch, cfg, dtype=dtype, gates_bl=gates, first=first, remat=remat
+        )
         return losses.token_sums(
             h, head, batch.targets, batch.mask, teacher, objective, frozen_head=True
         )
