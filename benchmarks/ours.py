@@ -1,4 +1,4 @@
-"""Our arms of steps.py: a step as the stages make it, float32 masters and moments, bfloat16 compute."""
+"""Our arms of steps.py: a step as the stages make it, float32 masters, bfloat16 compute."""
 
 import argparse
 import collections
@@ -39,7 +39,7 @@ class Arm:
 
 
 def read_arm(text: str) -> Arm:
-    """"4:elementwise:masks4" as an Arm."""
+    """ "4:elementwise:masks4" as an Arm."""
     micro, remat, *more = text.split(":")
     found = {"micro": int(micro), "remat": remat}
     for name in more:
@@ -49,7 +49,7 @@ def read_arm(text: str) -> Arm:
 
 
 def ours(options: argparse.Namespace, arm: Arm) -> dict:
-    """First call, seconds, peak of one device, KL and the share of the time that waited for data."""
+    """First call, seconds, peak of a device, KL, and the share of the time that waited for data."""
     jax.config.update("jax_threefry_partitionable", True)
     dense = model_config(options.shapes, options.layers)
     rows = options.tokens // ROW // arm.masks

@@ -49,7 +49,9 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", nargs="+", choices=("distil", "search"), default=["search", "distil"])
+    parser.add_argument(
+        "--steps", nargs="+", choices=("distil", "search"), default=["search", "distil"]
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["4b", "8b"])
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rows", type=int, default=4, help="of 4096 tokens, a GPU and step")

@@ -9,8 +9,8 @@ the greatest that its allocator had in use. An arm's KL is compared with one in 
 timed. Share: of a bfloat16 product of 8192 x 8192 matrices in the same run, with the operations a
 model needs, none that is repeated: one forward pass is 1, causal attention a half of the square; a
 distillation is the teacher's pass and three of the student's, a search three of the dense model's,
-of which one is shared by M rows where M masks are drawn for a window (`masksM`). On a mesh of several
-GPUs (`dataN`, `modelN`) the share is of as many, and GiB are of the GPU that has most.
+of which one is shared by M rows where M masks are drawn for a window (`masksM`). On a mesh of
+several GPUs (`dataN`, `modelN`) the share is of as many, and GiB are of the GPU that has most.
 PyTorch arms need torch and transformers, those with Liger liger-kernel; ours need JAX for CUDA.
 """
 

@@ -148,8 +148,13 @@ def _untyped(x: jax.Array) -> jax.ShapeDtypeStruct:
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis, in float32; returns x's dtype."""
     wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * scale.astype(jnp.float32)).astype(x.dtype)
+    return (wide * _norm_factor(wide, eps) * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def _norm_factor(wide: jax.Array, eps: float) -> jax.Array:
+    """1 / root mean square over the last axis, which stays as 1."""
+    mean_square = recompute.keep(jnp.mean(wide * wide, axis=-1))  # a number a row, a pass to make
+    return jax.lax.rsqrt(mean_square[..., None] + eps)
 
 
 def norm_rotate(
@@ -157,8 +162,8 @@ def norm_rotate(
 ) -> jax.Array:
     """`rope.rotate(rms_norm(x))`, the norm's factor last: XLA then has no float32 array between."""
     wide = x.astype(jnp.float32)
-    factor = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (rope.rotate(wide * scale.astype(jnp.float32), cos_sin) * factor).astype(x.dtype)
+    turned = rope.rotate(wide * scale.astype(jnp.float32), cos_sin)
+    return (turned * _norm_factor(wide, eps)).astype(x.dtype)
 
 
 def attention(
