@@ -21,6 +21,7 @@ from e3jax.models import recompute, rope
 from e3jax.models.attention import Attend, make_attention, precision
 from e3jax.models.config import ModelConfig
 from e3jax.models.gate import apply_gate
+from e3jax.models.norm import norm_rotate, rms_norm
 from e3jax.models.params import Leaf, Params, param_table
 from e3jax.models.params import count_params as count_params
 
@@ -145,27 +146,6 @@ def _untyped(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, jnp.float32)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, in float32; returns x's dtype."""
-    wide = x.astype(jnp.float32)
-    return (wide * _norm_factor(wide, eps) * scale.astype(jnp.float32)).astype(x.dtype)
-
-
-def _norm_factor(wide: jax.Array, eps: float) -> jax.Array:
-    """1 / root mean square over the last axis, which stays as 1."""
-    mean_square = recompute.keep(jnp.mean(wide * wide, axis=-1))  # a number a row, a pass to make
-    return jax.lax.rsqrt(mean_square[..., None] + eps)
-
-
-def norm_rotate(
-    x: jax.Array, scale: jax.Array, eps: float, cos_sin: tuple[jax.Array, jax.Array]
-) -> jax.Array:
-    """`rope.rotate(rms_norm(x))`, the norm's factor last: XLA then has no float32 array between."""
-    wide = x.astype(jnp.float32)
-    turned = rope.rotate(wide * scale.astype(jnp.float32), cos_sin)
-    return (turned * _norm_factor(wide, eps)).astype(x.dtype)
-
-
 def attention(
     w: Params,
     x_btd: jax.Array,
@@ -183,8 +163,8 @@ def attention(
         )
     q, k, v = map(recompute.keep, (q, k, v))  # before the norm, whose backward asks for its input
     if cfg.qk_norm:
-        q = norm_rotate(q, w["q_norm"], cfg.norm_eps, cos_sin)
-        k = norm_rotate(k, w["k_norm"], cfg.norm_eps, cos_sin)
+        q = norm_rotate(q, w["q_norm"], cos_sin, cfg.norm_eps)
+        k = norm_rotate(k, w["k_norm"], cos_sin, cfg.norm_eps)
     else:
         q, k = rope.rotate(q, cos_sin), rope.rotate(k, cos_sin)
     y = attend(q, k, v)

@@ -18,6 +18,7 @@ from e3jax.models import decoder, rope
 from e3jax.models.attention import attend_by_head, causal_mask, make_attention, select_mask
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Params
+from e3jax.models.norm import rms_norm
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values, in the order of `cache_order`
 TOGETHER = 128  # tokens a row that one call decodes; in between the host can speak and stop
@@ -79,7 +80,7 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
     kinds, kind_of = decoder.window_kinds(cfg)
 
     def next_token(weights: Params, h_btd: jax.Array) -> jax.Array:
-        h = decoder.rms_norm(h_btd[:, -1:], weights["final_norm"], cfg.norm_eps)
+        h = rms_norm(h_btd[:, -1:], weights["final_norm"], cfg.norm_eps)
         scores = decoder.logits(weights, h, cfg)[:, 0]
         if mesh.current() is not None:  # argmax needs the whole vocabulary
             scores = jax.sharding.reshard(scores, mesh.spec(("batch", None)))

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from e3jax import mesh
 from e3jax.models import cudnn
 
 Remat = Literal["none", "elementwise", "selective", "layer"]
@@ -51,3 +52,14 @@ def checkpoint(body: Callable, remat: Remat) -> Callable:
         return kernel or marked(primitive, *avals, **params)
 
     return jax.checkpoint(body, prevent_cse=False, policy=kept)
+
+
+def compiler_options() -> dict[str, bool]:
+    """Of XLA, for the `jax.jit` of a step on the mesh that is set.
+
+    On GPUs: what a scan keeps for backward is not filled with zeros before it is written, which
+    takes 6.6 of the 394 ms of a search step of 16,384 tokens (Qwen3-1.7B, H200).
+    """
+    if mesh.platform() != "gpu" or mesh.is_stood_for():
+        return {}
+    return {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True}

@@ -70,8 +70,12 @@ def angles(positions_bt: jax.Array, rope: Rope, head_dim: int) -> tuple[jax.Arra
 
 def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates [B, T, ..., H] by the half-split convention of Hugging Face; keeps x's dtype."""
-    cos, sin = (
-        jnp.expand_dims(a, tuple(range(2, x.ndim - 1))) for a in cos_sin
-    )  # [B, T, 1.., H/2]
+    cos, sin = for_heads(cos_sin, x.ndim)
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def for_heads(cos_sin: tuple[jax.Array, jax.Array], ndim: int) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, T, H/2] -> [B, T, 1.., H/2] of `ndim` axes."""
+    cos, sin = (jnp.expand_dims(a, tuple(range(2, ndim - 1))) for a in cos_sin)
+    return cos, sin

@@ -19,7 +19,7 @@ import optax
 from e3jax import config, mesh
 from e3jax.distill import losses
 from e3jax.errors import UserError
-from e3jax.models import decoder
+from e3jax.models import decoder, recompute
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Batch, Params
 from e3jax.search import gumbel
@@ -204,7 +204,7 @@ def make_search_step(
         )
         return state, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=recompute.compiler_options())
 
 
 def _norm(x: jax.Array) -> jax.Array:
