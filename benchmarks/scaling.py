@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py --shapes 4b 8b --gpus 1 2
 
-Each row is an arm of steps.py, with as many rows of 4096 tokens a GPU on every mesh: weights are
-sharded over `data` (FSDP) or `model` (tensor parallel). Of linear: tokens/s against as many times
-those of one GPU in the same run, where one can hold it.
+Each row is an arm of steps.py, with as many tokens a GPU and step on every mesh: weights are sharded
+over `data` (FSDP) or `model` (tensor parallel). Of linear: tokens/s against as many times those of
+one GPU in the same run, where one can hold it.
 """
 
 import argparse
@@ -14,6 +14,12 @@ from arms import ROOT, ROW, SHAPES, middle, run_arm
 from steps import flops_per_token, gpus
 
 STEPS = str(ROOT / "benchmarks" / "steps.py")
+PASSES = {  # rows a GPU and forward pass, on one GPU and on several: what 80 GB hold
+    ("search", "4b"): (4, 4),
+    ("search", "8b"): (4, 4),
+    ("distil", "4b"): (1, 2),
+    ("distil", "8b"): (1, 1),
+}
 
 
 def main() -> None:
@@ -25,7 +31,7 @@ def main() -> None:
     for step in options.steps:
         for shapes in options.shapes:
             single = None
-            for arm in arms(step, options.gpus, options.remat):
+            for arm in arms(step, shapes, options.gpus):
                 count = gpus(arm)
                 tokens = options.rows * count * ROW
                 said = ["--shapes", shapes, "--tokens", str(tokens), "--chunk", str(options.chunk)]
@@ -55,16 +61,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["4b", "8b"])
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rows", type=int, default=4, help="of 4096 tokens, a GPU and step")
-    parser.add_argument("--remat", default="selective")
-    parser.add_argument("--chunk", type=int, default=4096)
+    parser.add_argument("--chunk", type=int, default=2048, help="tokens whose logits exist")
     return parser.parse_args(sys.argv[1:])
 
 
-def arms(step: str, counts: list[int], remat: str) -> list[str]:
-    """Two rows a GPU and forward pass; on several GPUs each way to share the weights."""
+def arms(step: str, shapes: str, counts: list[int]) -> list[str]:
+    """One GPU, and each way to share the weights among several."""
     found = []
     for count in counts:
-        arm = f"e3jax:{2 * count}:{remat}"
+        one, several = PASSES.get((step, shapes), (2, 2))
+        arm = f"e3jax:{count * (one if count == 1 else several)}:selective"
         found += [arm] if count == 1 else [f"{arm}:data{count}", f"{arm}:model{count}"]
     return found
 
