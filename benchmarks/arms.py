@@ -69,6 +69,7 @@ def run_arm(file: str, arguments: list[str], arm: str) -> dict:
     """What an arm measured, in a process that has the GPU for itself and preallocates nothing."""
     environment = os.environ | {
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     }
     command = [sys.executable, file, *arguments, "--arm", arm]

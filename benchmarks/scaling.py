@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py --shapes 4b 8b --gpus 1 2
 
-Each row is an arm of steps.py, with as many tokens a GPU and step on every mesh: weights are sharded
-over `data` (FSDP) or `model` (tensor parallel). Of linear: tokens/s against as many times those of
-one GPU in the same run, where one can hold it.
+Each row is an arm of steps.py, with as many tokens a GPU and step on every mesh: weights are
+sharded over `data` (FSDP) or `model` (tensor parallel). Of linear: tokens/s against as many times
+those of one GPU in the same run, where one can hold it.
 """
 
 import argparse
