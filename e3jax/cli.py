@@ -51,6 +51,14 @@ COMMANDS = {
         Stages before it run if they are unfinished, the baselines' recoveries included.""",
         ("evaluate", "data"),
     ),
+    "compare": (
+        "selectors against each other, raw and after the same recovery, over seeds",
+        """Each of compare.selectors chooses as many layers, at equal cost in tokens through masked
+        models, for each of compare.seeds; each choice is measured as it is, and recovered by the
+        recipe of `distill`. Prints means, spread, differences in the same windows with their
+        standard error, and cost. Given again, it goes on.""",
+        ("compare", "search", "distill", "evaluate"),
+    ),
     "plan": (
         "memory, time and chip-hours on a topology that need not be there",
         """Compiles the search and distillation steps ahead of time on this machine's CPU, for TPUs

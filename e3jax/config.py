@@ -20,6 +20,12 @@ def strict(cls: type[T]) -> type[T]:
 
 
 Positive = Annotated[float, Field(gt=0)]
+# Published rules, all in selectors/registry.py.
+Selector = Literal[
+    "shortgpt", "shortgpt_released", "minitron", "ppl", "kl", "sleb", "greedy_kl", "taylor",
+    "taylor_plus", "magnitude", "streamline", "angular", "angular_released", "tail", "deepest",
+    "laco", "laco_released", "evopress", "evopress_full", "random",
+]  # fmt: skip
 Rows = Annotated[str, Field(pattern=r"^-?\d*:-?\d*$")]
 
 
@@ -282,7 +288,7 @@ class Evaluate:
         default=r"answer : (\S+)",
         description="regular expression whose first group is the answer; its last match counts",
     )
-    baselines: tuple[Literal["shortgpt"], ...] = Field(
+    baselines: tuple[Selector, ...] = Field(
         default=("shortgpt",), description="selectors given the same recovery"
     )
     loss_curve: bool = Field(default=True, description="loss after each successive removal")
@@ -297,6 +303,33 @@ class Evaluate:
         if groups != 1:
             raise ValueError("expected one group, such as answer : (\\S+)")
         return pattern
+
+
+@strict
+class Compare:
+    selectors: tuple[Literal["e3"] | Selector, ...] = Field(
+        default=("e3", "shortgpt", "sleb", "greedy_kl", "evopress", "random"),
+        min_length=1,
+        description="who chooses; differences are from the first",
+    )
+    seeds: tuple[int, ...] = Field(
+        default=(0, 1, 2), min_length=1, description="each with a calibration sample of its own"
+    )
+    tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="through masked models, that a selector may spend; none = as the search may",
+    )
+    recover: bool = Field(default=True, description="recover each choice by `distill`, and measure")
+
+    @pydantic.model_validator(mode="after")
+    def _distinct(self) -> "Compare":
+        for name, values in (("selectors", self.selectors), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} has one twice: {list(values)}")
+        if min(self.seeds) < 0:
+            raise ValueError(f"seeds: {min(self.seeds)} is negative")
+        return self
 
 
 @strict
@@ -315,3 +348,4 @@ class Run:
     train: Train = Field(default=Train(), description="plain training (the `train` command)")
     export: Export = Field(default=Export(), description="safetensors out")
     evaluate: Evaluate = Field(default=Evaluate(), description="figures")
+    compare: Compare = Field(default=Compare(), description="selectors (the `compare` command)")

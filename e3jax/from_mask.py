@@ -28,6 +28,11 @@ def export(run: config.Run, mask_path: str, *, dry_run: bool = False) -> None:
     out = pathlib.Path(run.out).expanduser()
     dense: dict[str, Any] = read_json(source / "config.json")
     mask = read_mask(pathlib.Path(mask_path).expanduser(), depth_of(dense))
+    if mask.merges:
+        raise UserError(
+            f"{mask_path}: {mask.selector} merges layers, which copying cannot; use export with "
+            "--config and distill.mask"
+        )
     plan = copying.make_plan(source, mask.keep)
     text = (
         f"{source} -> {out}: layers {list(mask.keep)} of {mask.num_layers}, "

@@ -60,6 +60,12 @@ class Job:
         """Keeps the dense model's parameters no longer; who asks for them again has them read."""
         self.__dict__.pop("params", None)
 
+    def at(self, out: pathlib.Path, seed: int) -> "Job":
+        """The same job in another folder and with another seed; what was read is shared."""
+        other = dataclasses.replace(self, out=out, run=dataclasses.replace(self.run, seed=seed))
+        other.__dict__.update({k: v for k, v in self.__dict__.items() if k not in FIELDS})
+        return other
+
     def inputs(self, **more: Any) -> dict[str, Any]:
         """What decides a stage's result: the model, the seed, the arithmetic, and `more`."""
         common = {"model": self.identity, "seed": self.run.seed, "dtype": self.run.model.dtype}
@@ -100,6 +106,9 @@ class Job:
             if ids is not None:
                 return tuple(ids) if isinstance(ids, list) else (ids,)
         return (self.tokenizer.eos_token_id,) if self.tokenizer.eos_token_id is not None else ()
+
+
+FIELDS = {field.name for field in dataclasses.fields(Job)}
 
 
 def open_mesh(spec: config.Mesh) -> Any:
@@ -273,6 +282,18 @@ def ordered_arrays(
         )
     batch = rows_per_batch(min(batch, len(windows)))
     return data_batches.ordered_batches(windows, batch, rows=mesh.rows_here(batch))
+
+
+def sample(windows: Windows, count: int, seed: int) -> Windows:
+    """`count` of the windows, or all, without any twice and in an order that the seed decides."""
+    chosen = np.random.default_rng(seed).permutation(len(windows))[:count]
+    return dataclasses.replace(
+        windows,
+        tokens=windows.tokens[chosen],
+        segments=windows.segments[chosen],
+        loss=windows.loss[chosen],
+        fingerprint=f"{windows.fingerprint}/{count}/{seed}",
+    )
 
 
 def rows_per_batch(batch: int) -> int:

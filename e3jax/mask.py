@@ -16,6 +16,25 @@ SELECTORS = {
     "given": "a mask of unknown origin",
     "e3": "E3-Pruner's differentiable mask search",
     "shortgpt": "ShortGPT's block influence",
+    "shortgpt_released": "ShortGPT's block influence as its code has it",
+    "minitron": "Minitron's block influence",
+    "ppl": "Shortened LLaMA's perplexity",
+    "kl": "the KL divergence without each layer",
+    "sleb": "SLEB",
+    "greedy_kl": "greedy removal by KL divergence",
+    "taylor": "Shortened LLaMA's Taylor score",
+    "taylor_plus": "Shortened LLaMA's Taylor+ score",
+    "magnitude": "the magnitude of the weights",
+    "streamline": "LLM-Streamline",
+    "angular": "the angular distance across a block",
+    "angular_released": "the angular distance across a block as PruneMe has it",
+    "tail": "their place, the last ones",
+    "deepest": "their place, the deepest but the last",
+    "laco": "LaCo, which merges layers",
+    "laco_released": "LaCo as its code has it, which merges layers",
+    "evopress": "EvoPress",
+    "evopress_full": "EvoPress with its full budget",
+    "random": "chance",
 }
 
 
@@ -27,10 +46,13 @@ class Mask:
     keep: tuple[int, ...]  # ascending, counted from 0
     selector: str = "given"
     order: tuple[int, ...] = ()  # removed layers, the least wanted first
+    # (kept layer, layers whose difference from it is added to its weights): LaCo's.
+    merges: tuple[tuple[int, tuple[int, ...]], ...] = ()
     theta: tuple[float, ...] = ()  # per layer, the search's logits: those kept are the largest
     scores: tuple[float, ...] = ()  # per layer, what the selector or the search's start went by
     kl: float | None = None  # held-out KL to the dense model, nats a token, not recovered
-    tokens: int = 0  # that it cost
+    tokens: int = 0  # that it cost, through masked models
+    teacher_tokens: int = 0  # and through the dense one alone
     seed: int | None = None
     checkpoint: str | None = None  # hash of the dense checkpoint
     config: str | None = None  # hash of the stage's inputs

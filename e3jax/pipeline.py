@@ -12,6 +12,7 @@ import jax
 
 from e3jax import (
     __version__,
+    comparison,
     config,
     files,
     job,
@@ -56,7 +57,7 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
             train(run, out)
             return
         begun = processes.from_first(lambda: [(out / x).exists() for x in ("search", "distill")])
-        if not any(begun) and command in ("run", "search", "distill"):
+        if not any(begun) and command in ("run", "search", "distill", "compare"):
             job.check_batches(run, command)  # now, not after the search
             if command != "search":
                 teaching.check_free(run, out)
@@ -64,7 +65,7 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
         planned = _budget(run, command, path)
         job_ = job.open_job(run)
         log.info("%s", _describe_model(job_))
-        if command in ("run", "evaluate"):
+        if command in ("run", "evaluate", "compare"):
             _ = job_.problems, job_.measured  # what is wrong with them is told before the training
         job.record(run, out)
         rehearsal.before(
@@ -87,7 +88,11 @@ def _plan_text(command: str, run: config.Run) -> str:
         )
     path = hub.resolve_config(run.model.path, run.model.revision)
     planned, family = _budget(run, command, path), families.read_config(path).family
-    return f"{run.model.path} ({family}) -> {run.out}\n{budget.describe(planned)}"
+    text = f"{run.model.path} ({family}) -> {run.out}\n{budget.describe(planned)}"
+    if command != "compare":
+        return text
+    choices = len(run.compare.selectors) * len(run.compare.seeds)
+    return f"{text}\n  compare          {choices} choices, each at most that much"
 
 
 def _budget(run: config.Run, command: str, path: pathlib.Path) -> budget.Budget:
@@ -193,17 +198,28 @@ def run_all(job_: Job) -> None:
     print(f"\npruned and recovered: {job_.out}/export   pictures: {job_.out}/plots")
 
 
+def compare(job_: Job) -> None:
+    """Selectors against each other, raw and recovered, over seeds."""
+    results, dense = comparison.compare(job_)
+    text = f"dense: {table.summary(dense)}\n\n{comparison.summary(results)}"
+    comparison.write(job_, results, text)
+    if processes.is_first():
+        pictures.draw_comparison(job_.out, results)
+    print(f"{text}\n\neach result: {job_.out}/compare.json   picture: {job_.out}/plots")
+
+
 COMMANDS: dict[str, Callable[[Job], None]] = {
     "run": run_all,
     "search": search,
     "distill": distill,
     "export": export,
     "evaluate": evaluate,
+    "compare": compare,
 }
 
 
 def _export_raw(job_: Job, mask: Mask, rows: Sequence[table.Row] = ()) -> None:
-    raw = decoder.take_layers(job_.params, mask.keep)
+    raw = stages.survivors(job_.params, mask)
     outputs.export(job_, mask, raw, job_.out / "export-raw", recovered=False, rows=rows)
 
 
@@ -237,23 +253,20 @@ def _evaluate(job_: Job, mask: Mask) -> tuple[Params, list[table.Row]]:
     What needs no training is measured first: a mistake in the evaluation is told before it. While a
     baseline is trained ours is on the disk alone.
     """
-    place, everything = job_.out / "distill", tuple(range(job_.cfg.num_layers))
-    rows = [
-        table.measure(job_, "dense", everything, tokens=0),
-        table.measure(job_, f"{mask.selector} raw", mask.keep, mask.tokens),
-    ]
+    place = job_.out / "distill"
+    rows = [table.measure_dense(job_), _raw_row(job_, mask)]
     student: Params | None = stages.recover(job_, mask, place)
-    rows.append(table.measure_student(job_, f"{mask.selector} recovered", student, mask, "distill"))
+    rows.append(_recovered_row(job_, student, mask, "distill"))
     for name in job_.run.evaluate.baselines:
         student = None
-        other = stages.shortgpt_mask(job_, len(mask.keep))
-        rows.append(table.measure(job_, f"{name} raw", other.keep, other.tokens))
+        other = stages.selector_mask(job_, name, len(mask.keep))
+        rows.append(_raw_row(job_, other))
         try:
             theirs = stages.recover(job_, other, job_.out / name)
         except Diverged as error:  # no reason to leave ours without an export
             log.warning("%s: not recovered: %s", name, error)
             continue
-        rows.append(table.measure_student(job_, f"{name} recovered", theirs, other, name))
+        rows.append(_recovered_row(job_, theirs, other, name))
         del theirs
     if job_.run.evaluate.loss_curve:
         table.removal_curve(job_, mask)
@@ -261,6 +274,16 @@ def _evaluate(job_: Job, mask: Mask) -> tuple[Params, list[table.Row]]:
     if student is None:
         student = stages.recover(job_, mask, place)  # read back
     return student, rows
+
+
+def _raw_row(job_: Job, mask: Mask) -> table.Row:
+    raw = functools.partial(stages.survivors, job_.params, mask)
+    return table.measure(job_, f"{mask.selector} raw", mask, raw)
+
+
+def _recovered_row(job_: Job, student: Params, mask: Mask, stage: str) -> table.Row:
+    name = f"{mask.selector} recovered"
+    return table.measure_student(job_, name, lambda: student, mask, stage)
 
 
 # ---------------------------------------------------------------- train

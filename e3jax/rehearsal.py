@@ -98,8 +98,8 @@ def play(job_: Job, command: str, run: config.Run, folder: pathlib.Path) -> None
     if command == "search":
         return
     student = stages.recover(two, mask, folder / "distill")
-    if command in ("run", "evaluate"):
-        table.measure(two, "raw", mask.keep, 0)
-        table.measure_student(two, "recovered", student, mask, "distill")
+    if command in ("run", "evaluate", "compare"):
+        table.measure(two, "raw", mask, lambda: stages.survivors(two.params, mask))
+        table.measure_student(two, "recovered", lambda: student, mask, "distill")
     if command in ("run", "export"):
         outputs.export(two, mask, student, folder / "export", recovered=True, transformers=False)

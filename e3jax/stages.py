@@ -1,7 +1,6 @@
 """The stages of a run. Each is restartable: called again, it goes on, or returns what it has."""
 
 import dataclasses
-import functools
 import logging
 import pathlib
 from collections.abc import Callable, Iterator
@@ -21,7 +20,9 @@ from e3jax.mask import Mask, read_mask
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Params
-from e3jax.search import gumbel, search, selectors
+from e3jax.search import gumbel, search
+from e3jax.selectors import laco, registry, removal, similarity
+from e3jax.selectors.selection import Calibration, Task
 from e3jax.training.loop import fit
 from e3jax.training.optim import make_optimizer
 
@@ -135,35 +136,35 @@ def search_mask(job_: Job) -> Mask:
     return mask
 
 
-def _calibration(job_: Job) -> Iterator[decoder.Batch]:
-    spec = job_.run.search
-    return job.ordered(job_.train, spec.together, spec.init_windows)
+def _calibration(job_: Job, windows: Windows, limit: int | None = None) -> Calibration:
+    run = job_.run
+    batches = list(job.ordered(windows, run.search.together, limit))
+    return Calibration(job_.params, job_.cfg, batches, job_.dtype, run.distill.chunk, seed=run.seed)
 
 
 def kl_importance(job_: Job) -> tuple[np.ndarray, int]:
     """KL importance of each layer on the first train windows, and the tokens it cost."""
-    measure = functools.partial(selectors.leave_one_out_kl, chunk=job_.run.distill.chunk)
-    return _importance(job_, job_.out / "search" / "importance.json", measure)
+    return _importance(job_, "importance", removal.leave_one_out_kl)
 
 
 def block_influence(job_: Job) -> tuple[np.ndarray, int]:
-    """ShortGPT's score of each layer on the same windows, and the tokens it cost."""
-    return _importance(job_, job_.out / "shortgpt" / "influence.json", selectors.block_influence)
+    """ShortGPT's score of each layer on the same windows; masked models see no token."""
+    return _importance(job_, "influence", lambda given: (similarity.block_influence(given), 0))
 
 
 def _importance(
-    job_: Job, path: pathlib.Path, measure: Callable[..., tuple[np.ndarray, int]]
+    job_: Job, name: str, measure: Callable[[Calibration], tuple[np.ndarray, int]]
 ) -> tuple[np.ndarray, int]:
-    """`measure` on the calibration windows, kept in the file `path`."""
+    """`measure` on the first windows, kept in the file search/`name`.json."""
     windows = job_.run.search.init_windows
-    inputs = job_.inputs(scores=path.stem, train=job_.train.fingerprint, windows=windows)
+    inputs = job_.inputs(scores=name, train=job_.train.fingerprint, windows=windows)
 
     def make() -> dict[str, Any]:
-        log.info("%s: scoring each of %d layers", path.stem, job_.cfg.num_layers)
-        scores, tokens = measure(job_.params, job_.cfg, _calibration(job_), dtype=job_.dtype)
+        log.info("%s: scoring each of %d layers", name, job_.cfg.num_layers)
+        scores, tokens = measure(_calibration(job_, job_.train, windows))
         return {"scores": scores.tolist(), "tokens": tokens}
 
-    value = job.once(path, inputs, make)
+    value = job.once(job_.out / "search" / f"{name}.json", inputs, make)
     return np.asarray(value["scores"]), value["tokens"]
 
 
@@ -174,27 +175,62 @@ def _no_importance(job_: Job) -> tuple[np.ndarray, int]:
 IMPORTANCE = {"kl": kl_importance, "shortgpt": block_influence}  # by search.init
 
 
-def shortgpt_mask(job_: Job, keep: int) -> Mask:
-    """shortgpt/mask.json: ShortGPT's choice of `keep` layers on the same calibration windows."""
-    spec = job_.run.search
-    scores, tokens = block_influence(job_)
-    chosen = selectors.least_important(
-        "shortgpt", scores, keep, tokens, protect=spec.protect, force=spec.force
+def selector_mask(job_: Job, name: str, keep: int, tokens: int | None = None) -> Mask:
+    """NAME/mask.json: a published selector's choice of `keep` layers.
+
+    It looks at the windows that measure the importance; with `tokens` at a sample of the train
+    windows, as large as those tokens through masked models allow, which the run's seed draws.
+    """
+    cfg, rule = job_.cfg, registry.SELECTORS[name]
+    protect, force = search.fixed_layers(job_.run.search, cfg.num_layers)
+    task = Task(
+        cfg.num_layers,
+        keep,
+        frozenset(np.flatnonzero(protect).tolist()),
+        frozenset(np.flatnonzero(force).tolist()),
     )
+    if tokens is None:
+        count, windows = min(job_.run.search.init_windows, len(job_.train)), job_.train
+    else:
+        count = registry.windows_for(rule, task, tokens, job_.run.data.window)
+        windows = job.sample(job_.train, count, job_.run.seed)
+    inputs = job_.inputs(
+        selector=name,
+        keep=keep,
+        fixed=(sorted(task.protect), sorted(task.force)),
+        train=windows.fingerprint,
+        windows=count,
+        tokens=tokens,
+    )
+    path = job_.out / name / "mask.json"
+    if processes.from_first(path.exists):
+        mask = read_mask(path, cfg.num_layers)
+        if mask.config == files.fingerprint(inputs):
+            return mask
+    log.info("%s: choosing by %d windows", name, min(count, len(windows)))
+    chosen = rule.choose(_calibration(job_, windows, count), task, tokens)
     mask = Mask(
-        selector="shortgpt",
-        num_layers=job_.cfg.num_layers,
+        selector=name,
+        num_layers=cfg.num_layers,
         keep=chosen.keep,
         order=chosen.order,
-        scores=chosen.scores,
-        tokens=tokens,
+        merges=chosen.merges,
+        scores=chosen.scores if np.isfinite(chosen.scores).all() else (),  # not all were scored
+        tokens=chosen.tokens,
+        teacher_tokens=chosen.teacher_tokens,
         seed=job_.run.seed,
         checkpoint=job_.identity,
-        config=files.fingerprint(job_.inputs(train=job_.train.fingerprint, keep=keep)),
+        config=files.fingerprint(inputs),
     )
     if processes.is_first():
-        files.write_json(job_.out / "shortgpt" / "mask.json", mask)
+        files.write_json(path, mask)
     return mask
+
+
+def survivors(params: Params, mask: Mask) -> Params:
+    """The layers that a mask keeps, with what it merges into them."""
+    whole = laco.merge(params, mask.merges) if mask.merges else params
+    return decoder.take_layers(whole, mask.keep)
 
 
 # ---------------------------------------------------------------- stage 2: recovery
@@ -227,8 +263,8 @@ def recover(job_: Job, mask: Mask, folder: pathlib.Path) -> Params:
             facts |= {"steps": recipe.steps, "batch": recipe.batch}
         mean_entropy = job.once(job_.out / "distill" / "entropy.json", facts, entropy)
 
-    def survivors() -> Params:
-        params = decoder.take_layers(job_.params, mask.keep)
+    def start() -> Params:
+        params = survivors(job_.params, mask)
         if stored is not None:
             job_.release()
         return params
@@ -238,11 +274,11 @@ def recover(job_: Job, mask: Mask, folder: pathlib.Path) -> Params:
         run,
         recipe,
         cfg=job_.cfg.take_layers(mask.keep),
-        make_params=survivors,
+        make_params=start,
         teacher=(lambda: job_.params, job_.cfg) if stored is None else None,
         train=job_.train,
         held_out=job_.held_out,
-        inputs=job_.inputs(keep=mask.keep),
+        inputs=job_.inputs(keep=mask.keep, **({"merges": mask.merges} if mask.merges else {})),
         folder=folder,
         mean_entropy=mean_entropy,
         stored=stored,

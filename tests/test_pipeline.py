@@ -93,8 +93,8 @@ def no_work(monkeypatch):
     monkeypatch.setattr(loop, "prefetch", fail)
     monkeypatch.setattr(exact, "generate", fail)
     monkeypatch.setattr("e3jax.evaluate.table.make_figures", fail)
-    monkeypatch.setattr("e3jax.search.selectors.block_influence", fail)
-    monkeypatch.setattr("e3jax.search.selectors.leave_one_out_kl", fail)
+    monkeypatch.setattr("e3jax.selectors.similarity.block_influence", fail)
+    monkeypatch.setattr("e3jax.selectors.removal.leave_one_out_kl", fail)
 
 
 # ---------------------------------------------------------------- the whole job

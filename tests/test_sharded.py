@@ -21,7 +21,9 @@ from e3jax.distill import distill, losses
 from e3jax.evaluate.figures import make_figures
 from e3jax.models import decoder
 from e3jax.models.generate import generate, make_greedy
-from e3jax.search import gumbel, search, selectors
+from e3jax.search import gumbel, search
+from e3jax.selectors import removal, similarity
+from e3jax.selectors.selection import Calibration
 from e3jax.training.optim import make_optimizer
 from sharded_tiny import BY_NAME, MODELS, close, everywhere, placed
 from training_tiny import CFG, random_batch, recipe, set_mesh
@@ -130,9 +132,9 @@ def scores(name):
     figures = make_figures(cfg, cfg, **OPTIONS)
     found = {"figures": dataclasses.asdict(figures(params, params, batches, KEEP))}
     if name == "odd":
-        found["importance"] = selectors.leave_one_out_kl(params, cfg, batches, **OPTIONS)
-        influence, spent = selectors.block_influence(params, cfg, batches, dtype=jnp.float32)
-        found["influence"] = influence + 1, spent  # it is 1 - cosine
+        given = Calibration(params, cfg, batches, **OPTIONS)
+        found["importance"] = removal.leave_one_out_kl(given)
+        found["influence"] = similarity.block_influence(given) + 1  # it is 1 - cosine
     return found
 
 

@@ -5,7 +5,7 @@ import json
 import logging
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from e3jax import files, job, processes
@@ -48,22 +48,35 @@ class Row:
         }
 
 
-def measure(job_: Job, model: str, keep: Sequence[int], tokens: int) -> Row:
-    """Figures of layers `keep` of the dense model; kept on disk, measured once."""
-
-    def params() -> Params:
-        whole = len(keep) == job_.cfg.num_layers
-        return job_.params if whole else decoder.take_layers(job_.params, keep)
-
-    return _once(job_, model, keep, params, {"keep": list(keep)}, tokens)
+def measure_dense(job_: Job) -> Row:
+    """Figures of the dense model; kept on disk, measured once."""
+    everything = tuple(range(job_.cfg.num_layers))
+    return _once(job_, "dense", everything, lambda: job_.params, {"keep": list(everything)}, 0)
 
 
-def measure_student(job_: Job, model: str, student: Params, mask: Any, stage: str) -> Row:
-    """Figures of a recovered model."""
+def measure(job_: Job, model: str, mask: Any, raw: Callable[[], Params]) -> Row:
+    """Figures of what a mask leaves, nothing trained, as `raw` makes it; measured once."""
+    inputs = {"keep": list(mask.keep)} | ({"merges": mask.merges} if mask.merges else {})
+    return _once(job_, model, mask.keep, raw, inputs, mask.tokens)
+
+
+def measure_student(
+    job_: Job, model: str, student: Callable[[], Params], mask: Any, stage: str
+) -> Row:
+    """Figures of a recovered model, which is asked for where it was not measured before."""
     inputs = files.read_json(job_.out / stage / "checkpoints" / "inputs.json")
     recipe = job_.run.distill
     tokens = mask.tokens + int(_spent(job_.out / stage))
-    return _once(job_, model, mask.keep, lambda: student, {"stage": inputs, "of": recipe}, tokens)
+    return _once(job_, model, mask.keep, student, {"stage": inputs, "of": recipe}, tokens)
+
+
+def windows(job_: Job, row: Row) -> list[list[float]]:
+    """KL and tokens of each window that a row was measured on, sums."""
+    return files.read_json(_path(job_, row.model).with_suffix(".windows.json"))
+
+
+def _path(job_: Job, model: str) -> pathlib.Path:
+    return job_.out / "evaluate" / f"{model.replace(' ', '-')}.json"
 
 
 def _spent(stage: pathlib.Path) -> float:
@@ -75,7 +88,7 @@ def _once(
 ) -> Row:
     """Measures a model unless its file is there, made from the same model, data and settings."""
     spec = job_.run.evaluate
-    path = job_.out / "evaluate" / f"{model.replace(' ', '-')}.json"
+    path = _path(job_, model)
     facts = job_.inputs(
         **inputs,
         evaluate=spec,
@@ -88,10 +101,10 @@ def _once(
 def _measure(
     job_: Job, model: str, keep: Sequence[int], student: Params, tokens: int, path: pathlib.Path
 ) -> dict[str, Any]:
-    """The fields of a Row; every answer goes to a file beside `path`."""
+    """The fields of a Row; every answer, and every window's KL and tokens, go to files beside."""
     begun, spec, cfg = time.monotonic(), job_.run.evaluate, job_.cfg.take_layers(keep)
     figures = make_figures(job_.cfg, cfg, dtype=job_.dtype, chunk=job_.run.distill.chunk)
-    found = figures(job_.params, student, _measured(job_))
+    found = figures(job_.params, student, _measured(job_), each_window=True)
     answers: list[Answer] = []
     if job_.run.data.test:
         answers = solve(
@@ -117,6 +130,7 @@ def _measure(
     if processes.is_first():
         lines = [json.dumps(dataclasses.asdict(a) | {"correct": a.correct}) for a in answers]
         files.write_text(path.with_suffix(".answers.jsonl"), "\n".join(lines) + "\n")
+        files.write_json(path.with_suffix(".windows.json"), found.windows)
     log.info("evaluate: %-20s %s  (%.0f s)", model, summary(row), time.monotonic() - begun)
     return dataclasses.asdict(row)
 
@@ -152,7 +166,12 @@ def removal_curve(job_: Job, mask: Any) -> list[dict[str, float]]:
 
 def render(rows: Sequence[Row]) -> str:
     """The table as aligned text."""
-    cells = [list(rows[0].shown()), *(list(row.shown().values()) for row in rows)]
+    return align([row.shown() for row in rows])
+
+
+def align(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of named cells as text, the first column to the left, the others to the right."""
+    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for line in cells:

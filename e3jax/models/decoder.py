@@ -222,7 +222,7 @@ def first_layer(
     """Residual stream [B, T, D] into and out of layer 0: of all masked models what the dense one's
     are. What `hidden` makes of them has no gradient below layer 0's gate."""
     h = embed(params, batch.tokens, dtype)
-    apply = _applier(batch, cfg, dtype)
+    apply = applier(batch, cfg, dtype)
     return h, apply(jax.tree.map(lambda stack: stack[0], params["layers"]), h, 0)
 
 
@@ -250,7 +250,7 @@ def hidden(
       (hidden states, statistics stacked on axis 0). Layer outputs are before the final norm.
     """
     assert layer_ids is None or (gates_bl is None and first is None), "those are of the whole stack"
-    apply = _applier(batch, cfg, dtype)
+    apply = applier(batch, cfg, dtype)
 
     def body(h: jax.Array, xs: tuple) -> tuple[jax.Array, Any]:
         w, index, gate_b = xs
@@ -275,7 +275,7 @@ def hidden(
     return h if observe is None else (h, stats)
 
 
-def _applier(
+def applier(
     batch: Batch, cfg: ModelConfig, dtype: Any
 ) -> Callable[[Params, jax.Array, Any], jax.Array]:
     """A (weights, residual stream, index of the layer) -> residual stream after it, for a batch."""

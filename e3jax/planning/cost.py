@@ -115,13 +115,16 @@ def train_flops(run: config.Run, cfg: ModelConfig) -> float:
 
 
 def search_flops(run: config.Run, cfg: ModelConfig) -> float:
-    """A token of a masked model: its forward pass, its share of the dense one's, backward to the
-    gates alone."""
-    body, head, time = body_flops(cfg, run.data.window), head_flops(cfg), run.data.window
-    dense = (run.search.loss == "kl") / run.search.masks_per_window
-    total = body + head + (body + head) * dense
+    """A token of a masked model: its forward pass, its share of the dense one's and of layer 0's,
+    which is run once for both, backward to the gates alone."""
+    rest, time, head = cfg.take_layers(range(1, cfg.num_layers)), run.data.window, head_flops(cfg)
+    body = body_flops(rest, time)
+    shared = body_flops(cfg, time) - body
+    if run.search.loss == "kl":
+        shared += body + head
+    total = body + head + shared / run.search.masks_per_window
     if run.search.estimator != "score":  # weights are frozen: no products for their gradients
-        total += body + head + recomputed(cfg, time, run.model.remat, gated=True)
+        total += body + head + recomputed(rest, time, run.model.remat, gated=True)
     return total
 
 

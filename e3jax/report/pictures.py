@@ -65,6 +65,20 @@ def draw_losses(job_: Job) -> None:
     _draw_training(job_.out, "distillation", "KL to dense (nats/token)", series)
 
 
+def draw_comparison(out: pathlib.Path, results: Sequence[Any]) -> None:
+    """plots/compare.png: KL of each selector's choices, raw and recovered."""
+    names = list(dict.fromkeys(result.selector for result in results))
+    found = {
+        name: (
+            [r.raw.kl for r in results if r.selector == name],
+            [r.recovered.kl for r in results if r.selector == name and r.recovered is not None],
+        )
+        for name in names
+    }
+    (out / "plots").mkdir(exist_ok=True)
+    plots.compared(out / "plots" / "compare.png", found)
+
+
 def draw_training(out: pathlib.Path) -> None:
     """plots/training.png: next-token loss of plain training, on train and held-out windows."""
     lines = read_metrics(out / "train")

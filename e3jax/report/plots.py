@@ -91,3 +91,17 @@ def curves(
         axes.legend(frameon=False, fontsize=8)
     axes.set_title(title, fontsize=10)
     figure.savefig(path)
+
+
+def compared(path: pathlib.Path, kl: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
+    """KL of each selector's choices, raw and recovered, a dot for each seed; the best on top."""
+    names = sorted(kl, key=lambda name: -np.mean(kl[name][0]))
+    figure, axes = _figure(7.5, 1.0 + 0.32 * len(names))
+    for place, name in enumerate(names):
+        for values, colour in zip(kl[name], (REMOVED, KEPT), strict=True):
+            axes.scatter(np.maximum(values, 1e-8), [place] * len(values), color=colour, s=18)
+    axes.set(xscale="log", xlabel="KL to dense (nats/token)", yticks=range(len(names)))
+    axes.set_yticklabels(names)
+    axes.grid(alpha=0.25)
+    axes.set_title("Each seed's choice: red nothing trained, blue recovered", fontsize=10)
+    figure.savefig(path)

@@ -1,0 +1,126 @@
+"""Selectors against each other: names, cost, what is shared, restart, and the differences."""
+
+import json
+import typing
+
+import jax
+import numpy as np
+import pytest
+
+from e3jax import cli, comparison, config, files, mask, stages
+from e3jax.hf.export import export_new
+from e3jax.models import decoder
+from e3jax.selectors import registry
+from e3jax.selectors.selection import Task
+from test_pipeline import CFG, SETTINGS
+
+NAMES = typing.get_args(config.Selector)
+CHOSEN = ("e3", "shortgpt", "minitron", "sleb", "laco", "random")
+# Figures without answers, which take long to compile.
+MEASURED = SETTINGS.replace("test: [{{path: demo/test.jsonl", "measure: [{{path: demo/test.jsonl")
+
+
+def test_every_selector_has_its_name_everywhere():
+    assert set(NAMES) == set(registry.SELECTORS)
+    assert set(NAMES) | {"given", "e3"} == set(mask.SELECTORS)
+
+
+def test_windows_are_as_many_as_the_tokens_allow():
+    task = Task(num_layers=10, keep=7)
+    count = lambda name: registry.windows_for(registry.SELECTORS[name], task, 10_000, 10)
+    assert count("shortgpt") == 1000  # the dense model alone
+    assert count("kl") == count("ppl") == 100  # ten masked models a window
+    assert count("greedy_kl") == 10_000 // (10 * (10 + 9 + 8))
+    assert count("sleb") == 10_000 // (10 * (8 + 7 + 6))  # never the ends
+    assert registry.windows_for(registry.SELECTORS["kl"], task, 5, 10) == 1
+
+
+def test_difference_and_its_error_by_hand():
+    tokens = np.array([10.0, 30.0, 20.0])
+    ours = np.stack([np.stack([kl, tokens], -1) for kl in ([1.0, 3.0, 2.0], [3.0, 3.0, 2.0])])
+    theirs = np.stack([np.stack([kl, tokens], -1) for kl in ([2.0, 6.0, 1.0], [4.0, 6.0, 3.0])])
+    mean, error = comparison.apart(ours, theirs)
+    apart = np.array([1.0, 3.0, 0.0])  # of each window, averaged over the two seeds
+    assert mean == pytest.approx(4 / 60)
+    rest = apart - mean * tokens
+    assert error == pytest.approx(np.sqrt(3) * np.std(rest, ddof=1) / 60)
+    assert comparison.apart(ours, ours) == (0.0, 0.0)
+
+
+def test_error_shrinks_as_that_of_a_mean():
+    """With windows of one size it is the textbook's standard error of a mean."""
+    kl = np.random.default_rng(0).normal(5, 1, (2, 1, 500))
+    ours, theirs = (np.stack([x, np.ones_like(x)], -1) for x in kl)
+    mean, error = comparison.apart(ours, theirs)
+    apart = (kl[1] - kl[0])[0]
+    assert mean == pytest.approx(apart.mean())
+    assert error == pytest.approx(apart.std(ddof=1) / np.sqrt(500))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, compiled_fast):
+    """A random model of four layers, and what `compare` makes of it."""
+    place = tmp_path_factory.mktemp("compare")
+    params = decoder.init_params(jax.random.key(0), CFG)
+    params = jax.tree.map(lambda w: w * 4 if w.ndim > 2 else w, params)
+    export_new(params, CFG, files.bundled("demo/model"), place / "model", card="", eos=2, pad=0)
+    parts = {"out": place / "out", "model": place / "model", "cache": place / "cache"}
+    (place / "run.yaml").write_text(MEASURED.format(**parts))
+    assert compare(place) == 0
+    return place
+
+
+def compare(place, *overrides):
+    settings = [f"compare.selectors=[{', '.join(CHOSEN)}]", "compare.seeds=[3, 4]"]
+    return cli.main(["compare", "--config", str(place / "run.yaml"), *settings, *overrides])
+
+
+def test_all_are_compared_at_equal_cost(place):
+    results = json.loads((place / "out" / "compare.json").read_text())
+    assert [(r["seed"], r["selector"]) for r in results] == [(s, n) for s in (3, 4) for n in CHOSEN]
+    allowed = next(r["tokens"] for r in results if r["selector"] == "e3")
+    for result in results:
+        assert len(result["removed"]) == 2
+        assert result["recovered"]["tokens"] > 0 == result["raw"]["tokens"]  # choosing is apart
+        # One more window than fits is no window less than asked for; evolution ends a batch later.
+        assert result["tokens"] <= 2 * allowed, result["selector"]
+        assert result["seconds"] > 0 and result["recovery_seconds"] > 0
+    text = (place / "out" / "compare.txt").read_text()
+    assert all(name in text for name in CHOSEN) and "±" in text
+    assert (place / "out" / "plots" / "compare.png").stat().st_size > 5000
+
+
+def test_equal_choices_share_their_recovery(place):
+    """Minitron's sums of means order these layers as ShortGPT's means do."""
+    results = json.loads((place / "out" / "compare.json").read_text())
+    for seed in (3, 4):
+        here = place / "out" / f"seed-{seed}"
+        sets = {(*r["removed"], r["selector"] == "laco") for r in results if r["seed"] == seed}
+        assert len(list(here.glob("without-*"))) == len(sets)
+
+
+def test_given_again_nothing_is_done_again(place, monkeypatch, capsys):
+    before = (place / "out" / "compare.json").read_bytes()
+
+    def fail(*_, **__):
+        raise AssertionError("done again")
+
+    monkeypatch.setattr(stages, "fit", fail)
+    monkeypatch.setattr("e3jax.evaluate.table._measure", fail)
+    monkeypatch.setitem(
+        registry.SELECTORS, "sleb", registry.Rule(fail, registry.SELECTORS["sleb"].passes)
+    )
+    assert compare(place) == 0
+    assert (place / "out" / "compare.json").read_bytes() == before
+    assert "sleb" in capsys.readouterr().out
+
+
+def test_bad_settings_are_told(place, capsys):
+    for override, said in (
+        ("compare.selectors=[e3, e3]", "twice"),
+        ("compare.selectors=[best]", "best"),
+        ("compare.seeds=[-1]", "negative"),
+        ("compare.seeds=[]", "seeds"),
+    ):
+        assert compare(place, override) == 2
+        assert said in capsys.readouterr().err
