@@ -46,16 +46,16 @@ class Mask:
     keep: tuple[int, ...]  # ascending, counted from 0
     selector: str = "given"
     order: tuple[int, ...] = ()  # removed layers, the least wanted first
-    # (kept layer, layers whose difference from it is added to its weights): LaCo's.
-    merges: tuple[tuple[int, tuple[int, ...]], ...] = ()
     theta: tuple[float, ...] = ()  # per layer, the search's logits: those kept are the largest
     scores: tuple[float, ...] = ()  # per layer, what the selector or the search's start went by
     kl: float | None = None  # held-out KL to the dense model, nats a token, not recovered
     tokens: int = 0  # that it cost, through masked models
-    teacher_tokens: int = 0  # and through the dense one alone
     seed: int | None = None
     checkpoint: str | None = None  # hash of the dense checkpoint
     config: str | None = None  # hash of the stage's inputs
+    teacher_tokens: int = 0  # what it cost through the dense model alone
+    # (kept layer, layers whose difference from it is added to its weights): LaCo's.
+    merges: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @property
     def chosen_by(self) -> str:
