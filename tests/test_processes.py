@@ -141,6 +141,13 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
+def assert_same_teacher(ours, theirs):
+    """What two run folders' teacher caches say of themselves."""
+    stats = [read_json(out / "teacher" / "finished.json") for out in (ours, theirs)]
+    assert stats[0]["needed"] == stats[1]["needed"]
+    np.testing.assert_allclose(stats[0]["mean_entropy"], stats[1]["mean_entropy"], rtol=1e-5)
+
+
 def same_results(ours, theirs):
     """Masks, weights and figures of two run folders, to float32 rounding."""
     masks = [read_json(out / "search" / "mask.json") for out in (ours, theirs)]
@@ -226,9 +233,7 @@ def test_four_processes_stopped_and_started_again(place, single):
     read = [load_file(out / "export" / "model.safetensors") for out in (ours, theirs)]
     for name, array in read[0].items():
         np.testing.assert_allclose(array, read[1][name], atol=1e-5, err_msg=name)
-    stats = [read_json(out / "teacher" / "finished.json") for out in (ours, theirs)]
-    assert stats[0]["needed"] == stats[1]["needed"]
-    np.testing.assert_allclose(stats[0]["mean_entropy"], stats[1]["mean_entropy"], rtol=1e-5)
+    assert_same_teacher(ours, theirs)
     assert re.search(r"teacher cache: 64 of \d+ windows, \d\d\.\d bytes a token", said(place))
     for number in (1, 2, 3):
         assert beside_gloo(said(place, number)) == []
@@ -288,9 +293,7 @@ def test_told_to_stop_in_the_teacher_cache_and_in_the_export(place, single):
     assert not (ours / "export").exists()
     run(place, 2, *arguments[:1], *arguments[3:])
     assert not list(ours.glob(".export.partial*"))
-    stats = [read_json(out / "teacher" / "finished.json") for out in (ours, theirs)]
-    assert stats[0]["needed"] == stats[1]["needed"]
-    np.testing.assert_allclose(stats[0]["mean_entropy"], stats[1]["mean_entropy"], rtol=1e-5)
+    assert_same_teacher(ours, theirs)
     read = [load_file(out / "export" / "model.safetensors") for out in (ours, theirs)]
     for name, array in read[0].items():
         np.testing.assert_allclose(array, read[1][name], atol=1e-5, err_msg=name)
