@@ -117,6 +117,8 @@ def search_mask(job_: Job) -> Mask:
     order = sorted(
         np.flatnonzero(~kept).tolist(), key=lambda layer: (not force[layer], best[layer])
     )
+    scored = held_tokens * (-(-spec.steps // spec.score_every) + 1)
+    searched = (float(state.tokens) - scored) / spec.masks_per_window
     mask = Mask(
         selector="e3",
         num_layers=cfg.num_layers,
@@ -126,6 +128,7 @@ def search_mask(job_: Job) -> Mask:
         scores=tuple(importance_l.tolist()),
         kl=best_kl,
         tokens=int(state.tokens) + int(tried * held_tokens) + spent,
+        teacher_tokens=round((spec.loss == "kl") * searched + scored + tried * held_tokens),
         seed=run.seed,
         checkpoint=job_.identity,
         config=files.fingerprint(inputs),
