@@ -46,10 +46,9 @@ def compare(job_: Job) -> tuple[list[Result], table.Row]:
     """All results in the order of the configuration, seed by seed; and the dense model's row."""
     spec = job_.run.compare
     keep = resolve_keep(job_.run.search.keep, job_.cfg.num_layers)
-    counted = make_budget(job_.run, job_.cfg, "float32")
-    tokens = spec.tokens or (
-        counted.importance_tokens + counted.search_tokens + counted.scoring_tokens
-    )
+    recipe = dataclasses.replace(job_.run.distill, mask=None)  # e3 searches, whatever is given
+    counted = make_budget(dataclasses.replace(job_.run, distill=recipe), job_.cfg, "float32")
+    tokens = spec.tokens or counted.tokens - counted.distill_tokens
     log.info("compare: at most %s tokens through masked models a choice", f"{tokens:,}")
     dense, results = table.measure_dense(job_), []
     for seed in spec.seeds:
@@ -69,8 +68,7 @@ def _result(job_: Job, name: str, keep: int, tokens: int) -> Result:
     seconds = _timed(job_, job_.out / name, spec, choose)
     mask = choose()  # read back
     place, bare = _place(mask), dataclasses.replace(mask, tokens=0)  # rows may be shared
-    survivors = functools.partial(stages.survivors, job_.params, mask)
-    raw = table.measure(job_, f"{place} raw", bare, survivors)
+    raw = table.measure(job_, f"{place} raw", bare, lambda: stages.survivors(job_.params, mask))
     result = Result(
         selector=name,
         seed=job_.run.seed,

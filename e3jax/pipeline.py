@@ -105,7 +105,7 @@ def _budget(run: config.Run, command: str, path: pathlib.Path) -> budget.Budget:
 def _resolved(run: config.Run, cfg: ModelConfig, command: str) -> config.Run:
     """The run with search.keep as a given mask has it, and without a mask that is not used."""
     given = _given_mask(run, cfg.num_layers)
-    if given is None or command == "search":
+    if given is None or command in ("search", "compare"):
         return dataclasses.replace(run, distill=dataclasses.replace(run.distill, mask=None))
     spec = dataclasses.replace(run.search, keep=len(given.keep), protect=(), force=())
     return dataclasses.replace(run, search=spec)
@@ -277,8 +277,8 @@ def _evaluate(job_: Job, mask: Mask) -> tuple[Params, list[table.Row]]:
 
 
 def _raw_row(job_: Job, mask: Mask) -> table.Row:
-    raw = functools.partial(stages.survivors, job_.params, mask)
-    return table.measure(job_, f"{mask.selector} raw", mask, raw)
+    name = f"{mask.selector} raw"
+    return table.measure(job_, name, mask, lambda: stages.survivors(job_.params, mask))
 
 
 def _recovered_row(job_: Job, student: Params, mask: Mask, stage: str) -> table.Row:

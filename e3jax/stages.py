@@ -47,11 +47,9 @@ def search_mask(job_: Job) -> Mask:
         search=decides, train=job_.train.fingerprint, held_out=job_.held_out.fingerprint
     )
     path = folder / "mask.json"
-    if processes.from_first(path.exists):
-        mask = read_mask(path, cfg.num_layers)
-        if mask.config == files.fingerprint(inputs):
-            log.info("search: finished before; keeping layers %s", list(mask.keep))
-            return mask
+    if (mask := _finished(path, cfg, inputs)) is not None:
+        log.info("search: finished before; keeping layers %s", list(mask.keep))
+        return mask
 
     importance_l, spent = IMPORTANCE.get(spec.init, _no_importance)(job_)
     theta = gumbel.init_theta(
@@ -139,6 +137,14 @@ def search_mask(job_: Job) -> Mask:
     return mask
 
 
+def _finished(path: pathlib.Path, cfg: ModelConfig, inputs: dict[str, Any]) -> Mask | None:
+    """The mask in a file, where it was made from the same inputs."""
+    if not processes.from_first(path.exists):
+        return None
+    mask = read_mask(path, cfg.num_layers)
+    return mask if mask.config == files.fingerprint(inputs) else None
+
+
 def _calibration(job_: Job, windows: Windows, limit: int | None = None) -> Calibration:
     run = job_.run
     batches = list(job.ordered(windows, run.search.together, limit))
@@ -206,10 +212,8 @@ def selector_mask(job_: Job, name: str, keep: int, tokens: int | None = None) ->
         tokens=tokens,
     )
     path = job_.out / name / "mask.json"
-    if processes.from_first(path.exists):
-        mask = read_mask(path, cfg.num_layers)
-        if mask.config == files.fingerprint(inputs):
-            return mask
+    if (mask := _finished(path, cfg, inputs)) is not None:
+        return mask
     log.info("%s: choosing by %d windows", name, min(count, len(windows)))
     chosen = rule.choose(_calibration(job_, windows, count), task, tokens)
     mask = Mask(

@@ -105,6 +105,7 @@ def test_given_again_nothing_is_done_again(place, monkeypatch, capsys):
     def fail(*_, **__):
         raise AssertionError("done again")
 
+    monkeypatch.setattr("e3jax.hf.load.load_params", fail)  # the weights are not even read
     monkeypatch.setattr(stages, "fit", fail)
     monkeypatch.setattr("e3jax.evaluate.table._measure", fail)
     monkeypatch.setitem(

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from e3jax import config, job
 from e3jax.data.text import tokenize
@@ -22,7 +21,8 @@ from e3jax.selectors import removal
 from e3jax.selectors.evopress import evopress
 from e3jax.selectors.removal import dense_passes, greedy_kl, kl, leave_one_out_kl, ppl, sleb
 from e3jax.selectors.selection import Calibration, Task, lowest
-from hf_tiny import random_tokens, save_tiny
+from hf_tiny import random_tokens
+from selectors_tiny import as_batch, make_tiny
 from training_tiny import set_mesh
 
 # KL to the dense model without each layer of chain-math-24l, 24 training rows: PyTorch, float32.
@@ -35,42 +35,20 @@ LEAVE_ONE_OUT = (
 ALL = [ppl, kl, sleb, greedy_kl, evopress]
 
 
-def make_tiny(folder, layers: int):
-    """(transformers' model, our parameters, configuration) of random layers."""
-    save_tiny(folder, "llama", num_hidden_layers=layers)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager"
-    ).eval()
-    cfg = read_config(folder)
-    # Of no device, so good for any mesh.
-    return model, jax.tree.map(np.asarray, load_params(folder, cfg, jnp.float32)), cfg
+def on_no_device(found):
+    """Parameters that are good for any mesh."""
+    model, params, cfg = found
+    return model, jax.tree.map(np.asarray, params), cfg
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory, compiled_fast):
-    return make_tiny(tmp_path_factory.mktemp("tiny"), 4)
+    return on_no_device(make_tiny(tmp_path_factory.mktemp("tiny"), "llama", num_hidden_layers=4))
 
 
 @pytest.fixture(scope="module")
 def six(tmp_path_factory, compiled_fast):
-    return make_tiny(tmp_path_factory.mktemp("six"), 6)
-
-
-def as_batch(rows: list[list[np.ndarray]], time: int) -> Batch:
-    """Rows of documents -> windows of `time` tokens, padded."""
-    shape = (len(rows), time)
-    tokens, positions, segments, targets = (np.zeros(shape, np.int32) for _ in range(4))
-    mask = np.zeros(shape, bool)
-    for b, documents in enumerate(rows):
-        start = 0
-        for number, ids in enumerate(documents, 1):
-            here = slice(start, start + len(ids))
-            tokens[b, here], segments[b, here] = ids, number
-            positions[b, here] = np.arange(len(ids))
-            targets[b, here] = np.roll(ids, -1)
-            mask[b, start : start + len(ids) - 1] = True
-            start += len(ids)
-    return Batch(tokens, positions, segments, targets, mask)
+    return on_no_device(make_tiny(tmp_path_factory.mktemp("six"), "llama", num_hidden_layers=6))
 
 
 def torch_log_probs(model, tokens):

@@ -17,7 +17,8 @@ from e3jax.models import decoder
 from e3jax.selectors import laco
 from e3jax.selectors.selection import Task
 from hf_tiny import random_tokens, save_tiny
-from test_selectors_similarity import as_batch, calibrate, documents
+from selectors_tiny import as_batch, make_tiny
+from test_selectors_similarity import calibrate, documents
 from training_tiny import set_mesh
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
@@ -27,12 +28,8 @@ LAYERS = 7
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """(transformers' model in float64, a calibration by three documents) of random layers."""
-    folder = save_tiny(tmp_path_factory.mktemp("laco"), "llama", num_hidden_layers=LAYERS)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager"
-    ).eval()
-    cfg = read_config(folder)
-    params = load_params(folder, cfg, jnp.float32)
+    folder = tmp_path_factory.mktemp("laco")
+    model, params, cfg = make_tiny(folder, "llama", num_hidden_layers=LAYERS)
     return model, calibrate(params, cfg, [as_batch([[ids] for ids in documents(cfg)], 12)])
 
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from e3jax import config, job
 from e3jax.data.text import tokenize
@@ -16,7 +15,8 @@ from e3jax.models import decoder
 from e3jax.models.decoder import Batch
 from e3jax.selectors import fixed, similarity
 from e3jax.selectors.selection import Calibration, Task
-from hf_tiny import random_tokens, save_tiny
+from hf_tiny import random_tokens
+from selectors_tiny import as_batch, make_tiny
 from training_tiny import set_mesh
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
@@ -27,30 +27,7 @@ RULES = [similarity.shortgpt, similarity.shortgpt_released, similarity.minitron,
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """(transformers' model in float64, our parameters, configuration) of random layers."""
-    folder = save_tiny(tmp_path_factory.mktemp("tiny"), "llama", num_hidden_layers=LAYERS)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager"
-    ).eval()
-    cfg = read_config(folder)
-    return model, load_params(folder, cfg, jnp.float32), cfg
-
-
-def as_batch(rows: list[list[np.ndarray]], time: int) -> Batch:
-    """Rows of documents -> windows of `time` tokens, padded."""
-    shape = (len(rows), time)
-    tokens, positions, segments, targets = (np.zeros(shape, np.int32) for _ in range(4))
-    mask = np.zeros(shape, bool)
-    for b, documents in enumerate(rows):
-        start = 0
-        for number, ids in enumerate(documents, 1):
-            here = slice(start, start + len(ids))
-            tokens[b, here], segments[b, here] = ids, number
-            positions[b, here] = np.arange(len(ids))
-            targets[b, here] = np.roll(ids, -1)
-            mask[b, start : start + len(ids) - 1] = True
-            start += len(ids)
-    return Batch(tokens, positions, segments, targets, mask)
+    return make_tiny(tmp_path_factory.mktemp("tiny"), "llama", num_hidden_layers=LAYERS)
 
 
 def calibrate(params, cfg, batches) -> Calibration:

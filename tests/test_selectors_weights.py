@@ -5,17 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from e3jax.errors import UserError
-from e3jax.hf.families import read_config
-from e3jax.hf.load import load_params
 from e3jax.models.params import param_table
 from e3jax.selectors import fixed, weights
 from e3jax.selectors.selection import Calibration, Task
-from hf_tiny import save_tiny
+from selectors_tiny import as_batch, make_tiny
 from sharded_tiny import MODELS, numbers, placed
-from test_selectors_similarity import as_batch, calibrate, documents, in_forms
+from test_selectors_similarity import calibrate, documents, in_forms
 from training_tiny import random_batch, set_mesh
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
@@ -28,13 +25,9 @@ def tiny(request, tmp_path_factory):
     """(transformers' model in float64, our parameters, configuration); biases, or norms of heads
     and a tied head."""
     changes = {"tie_word_embeddings": request.param == "qwen3", "num_hidden_layers": LAYERS}
-    folder = save_tiny(tmp_path_factory.mktemp("tiny"), request.param, **changes)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager"
-    ).eval()
-    cfg = read_config(folder)
+    model, params, cfg = make_tiny(tmp_path_factory.mktemp("tiny"), request.param, **changes)
     assert cfg.tied == (request.param == "qwen3") and cfg.qkv_bias == (request.param == "qwen2")
-    return model, load_params(folder, cfg, jnp.float32), cfg
+    return model, params, cfg
 
 
 def torch_sums(model, term) -> np.ndarray:

@@ -126,6 +126,11 @@ def take_layers(params: Params, keep: Sequence[int]) -> Params:
     return {**params, "layers": jax.tree.map(lambda w: w[index], params["layers"])}
 
 
+def weights_of(params: Params, index: Any) -> Params:
+    """One layer's, out of the stacks; index: int or int32 scalar."""
+    return jax.tree.map(lambda stack: stack[index], params["layers"])
+
+
 def _project(expr: str, x: jax.Array, w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """einsum of activations and a weight, in the activations' dtype, with the result's sharding.
 
@@ -223,7 +228,7 @@ def first_layer(
     are. What `hidden` makes of them has no gradient below layer 0's gate."""
     h = embed(params, batch.tokens, dtype)
     apply = applier(batch, cfg, dtype)
-    return h, apply(jax.tree.map(lambda stack: stack[0], params["layers"]), h, 0)
+    return h, apply(weights_of(params, 0), h, 0)
 
 
 def hidden(
@@ -255,7 +260,7 @@ def hidden(
     def body(h: jax.Array, xs: tuple) -> tuple[jax.Array, Any]:
         w, index, gate_b = xs
         if w is None:
-            w = jax.tree.map(lambda stack: stack[index], params["layers"])
+            w = weights_of(params, index)
         y = apply(w, h, index)
         stats = None if observe is None else observe(h, y)
         return (y if gate_b is None else apply_gate(h, y, gate_b)), stats

@@ -211,7 +211,7 @@ def _final(
     apply = decoder.applier(batch, cfg, dtype)
 
     def step(i: jax.Array, h: jax.Array) -> jax.Array:
-        return apply(jax.tree.map(lambda stack: stack[ids[i]], params["layers"]), h, ids[i])
+        return apply(decoder.weights_of(params, ids[i]), h, ids[i])
 
     h = jax.lax.fori_loop(0, count, step, decoder.embed(params, batch.tokens, dtype))
     return rms_norm(h, params["final_norm"], cfg.norm_eps)

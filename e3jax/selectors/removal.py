@@ -124,7 +124,7 @@ def _removals(
 
     def run(place: jax.Array, h: jax.Array) -> jax.Array:
         index = alive_l[place]
-        return apply(jax.tree.map(lambda stack: stack[index], params["layers"]), h, index)
+        return apply(decoder.weights_of(params, index), h, index)
 
     def score(number: jax.Array, state: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
         below, start, sums = state
