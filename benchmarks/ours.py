@@ -28,11 +28,12 @@ from e3jax.training.optim import make_optimizer
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """MICROBATCH:REMAT, and what is said of masksM, cache, dataN and modelN."""
+    """MICROBATCH:REMAT, and what is said of masksM, firstL, cache, dataN and modelN."""
 
     micro: int = 8  # windows a forward pass
     remat: str = "layer"
     masks: int = 1  # a window
+    first: int = 0  # no mask removes a layer before this one
     cache: bool = False  # the teacher's top 10 from a cache on this disk, read ahead
     data: int = 1  # the mesh
     model: int = 1
@@ -86,8 +87,8 @@ def ours(options: argparse.Namespace, arm: Arm) -> dict:
 def search_arm(options, arm, dense, rows, stack):
     """(step, state, its other arguments, which metric is the loss)."""
     spec = config.Search(
-        keep=len(kept(dense.num_layers)), steps=100, batch=rows, masks_per_window=arm.masks,
-        microbatch=min(arm.micro, rows),
+        keep=len(kept(dense.num_layers)), steps=100, curriculum=0, batch=rows,
+        masks_per_window=arm.masks, microbatch=min(arm.micro, rows), protect=range(arm.first),
     )  # fmt: skip
     take = search.make_search_step(
         dense, spec, seed=0, dtype=jnp.bfloat16, remat=arm.remat, chunk=options.chunk

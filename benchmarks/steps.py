@@ -54,7 +54,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="of the dense model, instead of its own")
     parser.add_argument("--tokens", type=int, default=32_768, help="a step")
     parser.add_argument(
-        "--arms", nargs="+", help="ours: e3jax:MICROBATCH:REMAT[:masksM][:cache][:dataN][:modelN]"
+        "--arms",
+        nargs="+",
+        help="ours: e3jax:MICROBATCH:REMAT[:masksM][:firstL][:cache][:dataN][:modelN]",
     )
     parser.add_argument("--documents", type=int, default=1, help="in each of our rows")
     parser.add_argument("--chunk", type=int, default=4096, help="tokens whose logits exist")

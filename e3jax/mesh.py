@@ -213,6 +213,12 @@ def on_own_heads(
     )(q, k, v, segments_bt)
 
 
+def shards_rows() -> bool:
+    """Whether the rows of a batch are on several devices."""
+    set_mesh = current()
+    return set_mesh is not None and axis_size(set_mesh, BATCH) > 1
+
+
 def is_sharded(x: jax.Array, axis: int) -> bool:
     """Whether devices have parts of this axis of an array, inside jit."""
     set_mesh = current()

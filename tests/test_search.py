@@ -13,7 +13,7 @@ from e3jax import config, configure, mesh
 from e3jax.errors import UserError
 from e3jax.models import decoder, rope
 from e3jax.models.attention import attend, causal_mask
-from e3jax.search import gumbel, search
+from e3jax.search import gumbel, prefix, search
 from training_tiny import CFG, dense_params, random_batch, set_mesh
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
@@ -122,6 +122,35 @@ def multiplied(params, batch, m_bl):
 
     h, _ = jax.lax.scan(body, params["embed"][batch.tokens], (params["layers"], m_bl.T))
     return decoder.rms_norm(h, params["final_norm"], CFG.norm_eps)
+
+
+@pytest.mark.parametrize("masks", [1, 3])
+def test_the_dense_model_may_start_at_a_layer_of_each_row(masks, monkeypatch):
+    spec = make_spec(estimator="mixed", masks_per_window=masks)
+    want, want_metrics = take(spec)
+    monkeypatch.setattr(prefix, "PART_TOKENS", 1)
+    make_step.cache_clear()
+    found, metrics = take(spec)
+    make_step.cache_clear()
+    np.testing.assert_allclose(first_gradient(found), first_gradient(want), rtol=1e-4, atol=1e-5)
+    assert metrics == pytest.approx(want_metrics, rel=1e-4)
+
+
+def test_shared_layers_end_with_the_first_removed():
+    """Windows in parts of two run the layers of that which shares least: 0 with 2, 1 with 3."""
+    gates = np.ones((4, 2, 4), np.float32)
+    for window, mask, layer in [(0, 0, 2), (0, 1, 0), (1, 0, 1), (1, 1, 3), (2, 0, 0), (2, 1, 1)]:
+        gates[window, mask, layer] = 0
+    tokens = prefix.PART_TOKENS
+    alone = [[3, 1], [2, 4], [1, 2], [4, 4]]
+    assert prefix.shared_layers(gates, tokens).tolist() == alone
+    in_twos = [[2, 1], [2, 4], [1, 2], [4, 4]]
+    assert prefix.shared_layers(gates, tokens // 2).tolist() == in_twos
+    all_together = [[2, 1], [2, 2], [1, 2], [2, 2]]
+    assert prefix.shared_layers(gates, tokens // 4).tolist() == all_together
+    with set_mesh(2, 1, 1):
+        found = jax.jit(lambda x: prefix.shared_layers(x, tokens))(mesh.shard_batch(gates))
+        assert found.tolist() == all_together
 
 
 @pytest.mark.parametrize("relaxation,masks", [("threshold", "row"), ("khot", "batch")])

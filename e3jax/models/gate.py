@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 
-def _rows(m_b: jax.Array, like: jax.Array) -> jax.Array:
-    """[B] -> bool [B, 1, 1], to choose rows of [B, T, D]."""
-    return (m_b > 0).reshape(m_b.shape + (1,) * (like.ndim - m_b.ndim))
+def choose_rows(of_b: jax.Array, these: jax.Array, others: jax.Array) -> jax.Array:
+    """Rows of `these` [B, T, D] where the bool [B] says so, of `others` elsewhere."""
+    return jnp.where(of_b.reshape(of_b.shape + (1,) * (these.ndim - of_b.ndim)), these, others)
 
 
 @jax.custom_vjp
@@ -21,7 +21,7 @@ def apply_gate(h: jax.Array, h_new: jax.Array, m_b: jax.Array) -> jax.Array:
     sliced one bit for bit. The gradient of m is <dL/dh', h_new - h> in float32, for kept and
     removed layers alike.
     """
-    return jnp.where(_rows(m_b, h), h_new, h)
+    return choose_rows(m_b > 0, h_new, h)
 
 
 def _forward(h: jax.Array, h_new: jax.Array, m_b: jax.Array):
@@ -30,11 +30,11 @@ def _forward(h: jax.Array, h_new: jax.Array, m_b: jax.Array):
 
 def _backward(saved: tuple[jax.Array, jax.Array, jax.Array], g: jax.Array):
     h, h_new, m_b = saved
-    kept, zero = _rows(m_b, h), jnp.zeros_like(g)
+    kept, zero = m_b > 0, jnp.zeros_like(g)
     update = h_new.astype(jnp.float32) - h.astype(jnp.float32)
     over = tuple(range(m_b.ndim, h.ndim))
     d_m = jnp.sum(g.astype(jnp.float32) * update, axis=over)
-    return jnp.where(kept, zero, g), jnp.where(kept, g, zero), d_m.astype(m_b.dtype)
+    return choose_rows(kept, zero, g), choose_rows(kept, g, zero), d_m.astype(m_b.dtype)
 
 
 apply_gate.defvjp(_forward, _backward)

@@ -22,7 +22,7 @@ from e3jax.errors import UserError
 from e3jax.models import decoder, recompute
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Batch, Params
-from e3jax.search import gumbel
+from e3jax.search import gumbel, prefix
 from e3jax.training import optim
 
 
@@ -114,17 +114,21 @@ def make_search_step(
     masks = spec.masks_per_window
 
     def sums_fn(params: Params, windows: Batch, gates_wml: jax.Array) -> tuple[jax.Array, Any]:
-        """Loss and sums of the masked models [W * M]; the dense one runs once for a window."""
-        head, teacher = decoder.head(params, cfg), None
-        first = decoder.first_layer(params, windows, cfg, dtype=dtype)
-        if spec.loss == "kl":
-            dense = decoder.hidden(params, windows, cfg, dtype=dtype, first=first, remat="none")
-            teacher = losses.Online(dense, head)
-        batch, first = jax.tree.map(lambda x: mesh.repeat_rows(x, masks), (windows, first))
+        """Loss and sums of the masked models [W * M]; the dense one runs once for a window, from
+        where the masked models leave it."""
         gates = gates_wml.reshape(-1, cfg.num_layers, out_sharding=mesh.out(("batch", None)))
-        h = decoder.hidden(
-            params, batch, cfg, dtype=dtype, gates_bl=gates, first=first, remat=remat
-        )
+        first = decoder.first_layer(params, windows, cfg, dtype=dtype)
+        batch, first = jax.tree.map(lambda x: mesh.repeat_rows(x, masks), (windows, first))
+        masked = functools.partial(decoder.hidden, params, batch, cfg, dtype=dtype, remat=remat)
+        head, teacher = decoder.head(params, cfg), None
+        if spec.loss == "kl":
+            shared_wm = prefix.shared_layers(gates_wml, windows.tokens.shape[1])
+            tap = shared_wm.reshape(-1, out_sharding=mesh.out(("batch",))) - 1
+            h, tapped = masked(gates_bl=gates, first=first, tap_b=tap)
+            dense = prefix.dense_hidden(params, windows, cfg, tapped, shared_wm, dtype=dtype)
+            teacher = losses.Online(dense, head)
+        else:
+            h = masked(gates_bl=gates, first=first)
         return losses.token_sums(
             h, head, batch.targets, batch.mask, teacher, objective, frozen_head=True
         )
