@@ -88,7 +88,8 @@ def search_arm(options, arm, dense, rows, stack):
     """(step, state, its other arguments, which metric is the loss)."""
     spec = config.Search(
         keep=len(kept(dense.num_layers)), steps=100, curriculum=0, batch=rows,
-        masks_per_window=arm.masks, microbatch=min(arm.micro, rows), protect=tuple(range(arm.first)),
+        masks_per_window=arm.masks, microbatch=min(arm.micro, rows),
+        protect=tuple(range(arm.first)),
     )  # fmt: skip
     take = search.make_search_step(
         dense, spec, seed=0, dtype=jnp.bfloat16, remat=arm.remat, chunk=options.chunk
