@@ -6,8 +6,9 @@ A checkpoint of Qwen3's shapes with random bfloat16 weights is written, and a qu
 removed by `run.py export --from-mask`; both folders are loaded by transformers (bfloat16, sdpa,
 torch.compile, decoding with a static cache). Prefill: the logits after 1024 tokens a row. Decode: a
 token more for each row, after 128. Ideal: layers before / layers after; the head, which is not
-removed, keeps a model from it. Each measurement is in a process of its own; before it, the exported
-model's layers are compared with those they were.
+removed, keeps a model from it. Dense and exported take turns in one process, one for each line, so
+that the clock and the heat of the GPU are the same; before it, the exported model's layers are
+compared with those they were.
 """
 
 import argparse
@@ -16,11 +17,14 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
-from arms import ROOT, SHAPES, VOCAB, build_peer, depth, give, kept, middle, run_arm, timed
+from arms import ROOT, SHAPES, VOCAB, build_peer, depth, give, kept, middle, run_arm
 
 DEVICE = "cuda"
 PROMPT, TOKENS = 1024, 128
+WARM, TURNS = 3, 8
+FOLDERS, WHAT = ("dense", "exported"), ("prefill", "decode")
 
 
 def main() -> None:
@@ -36,20 +40,21 @@ def main() -> None:
         layers = depth(options.shapes, None)
         ideal = layers / len(kept(layers))
         print(f"{layers} layers, {len(kept(layers))} kept: ideal {ideal:.3f}")
-        print(f"{'':<10}{'batch':>6}{'dense ms':>10}{'exported':>10}{'faster':>8}{'of ideal':>10}")
-        for what in ("prefill", "decode"):
+        print(
+            f"{'':<10}{'batch':>6}{'dense ms':>10}{'exported':>10}{'faster':>8}"
+            f"{'spread':>8}{'of ideal':>10}"
+        )
+        for what in options.what:
             for batch in options.batch:
-                found = [
-                    run_arm(__file__, arguments, f"{what}:{name}:{batch}")
-                    for name in ("dense", "exported")
-                ]
-                if errors := [x["error"] for x in found if "error" in x]:
-                    print(f"{what:<10}{batch:>6}  {errors[0]}", flush=True)
+                found = run_arm(__file__, arguments, f"{what}:{batch}")
+                if "error" in found:
+                    print(f"{what:<10}{batch:>6}  {found['error']}", flush=True)
                     continue
-                dense, exported = (middle(x["seconds"])[0] * 1e3 for x in found)
+                dense, exported = (middle(found[name])[0] * 1e3 for name in FOLDERS)
+                faster, spread = middle([x / y for x, y in zip(*(found[n] for n in FOLDERS))])
                 print(
-                    f"{what:<10}{batch:>6}{dense:>10.2f}{exported:>10.2f}{dense / exported:>8.3f}"
-                    f"{dense / exported / ideal:>10.1%}",
+                    f"{what:<10}{batch:>6}{dense:>10.2f}{exported:>10.2f}{faster:>8.3f}"
+                    f"{spread:>8.1%}{faster / ideal:>10.1%}",
                     flush=True,
                 )
     finally:
@@ -60,17 +65,35 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", choices=SHAPES, default="4b")
     parser.add_argument("--folder", type=pathlib.Path, required=True, help="made, and removed")
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     return parser.parse_args(sys.argv[1:])
 
 
 def measure(options: argparse.Namespace, what: str, *details: str) -> dict:
+    """Seconds of each turn, by folder."""
     if what == "make":
         return make(options)
-    name, batch = details
-    model = load(options.folder / name)
-    return {"prefill": prefill, "decode": decode}[what](model, int(batch))
+    import torch
+
+    # The second model's depth is not a dynamic size of the first one's program.
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    step = {"prefill": prefill, "decode": decode}[what]
+    steps = [step(load(options.folder / name), *map(int, details)) for name in FOLDERS]
+    turns = [[step() for step in steps] for _ in range(WARM + TURNS)]
+    return dict(zip(FOLDERS, zip(*turns[WARM:])))
+
+
+def spent(step) -> float:
+    """Seconds of a step."""
+    import torch
+
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begun
 
 
 def load(folder: pathlib.Path):
@@ -104,7 +127,8 @@ def make(options: argparse.Namespace) -> dict:
     return {"layers": len(keep)}
 
 
-def prefill(model, batch: int) -> dict:
+def prefill(model, batch: int):
+    """A function that gives the seconds of a forward pass."""
     import torch
 
     tokens = torch.randint(0, VOCAB, (batch, PROMPT), device=DEVICE)
@@ -115,29 +139,22 @@ def prefill(model, batch: int) -> dict:
             return forward(tokens, use_cache=False, logits_to_keep=1).logits
 
     assert torch.isfinite(step()).all()
-    first, seconds = timed(step, torch.cuda.synchronize)
-    return {"first": first, "seconds": seconds}
+    return lambda: spent(step)
 
 
-def decode(model, batch: int) -> dict:
-    """Seconds a token: an answer of TOKENS less one of a single token, so without the prompt."""
+def decode(model, batch: int):
+    """One that gives seconds a token: of an answer of TOKENS + 1 less one of a single token."""
     import torch
 
     prompts = torch.randint(0, VOCAB, (batch, 128), device=DEVICE)
 
     def answer(count: int):
-        def step():
-            model.generate(
-                prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=count,
-                min_new_tokens=count, do_sample=False, cache_implementation="static",
-                pad_token_id=0,
-            )  # fmt: skip
+        return model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=count,
+            min_new_tokens=count, do_sample=False, cache_implementation="static", pad_token_id=0,
+        )  # fmt: skip
 
-        return step
-
-    first, whole = timed(answer(TOKENS + 1), torch.cuda.synchronize)
-    _, start = timed(answer(1), torch.cuda.synchronize)
-    return {"first": first, "seconds": [(x - middle(start)[0]) / TOKENS for x in whole]}
+    return lambda: (spent(lambda: answer(TOKENS + 1)) - spent(lambda: answer(1))) / TOKENS
 
 
 if __name__ == "__main__":

@@ -116,15 +116,12 @@ def test_the_mean_of_micro_batch_means_would_be_another_gradient():
     assert max(jax.tree.leaves(gap)) > 1e-3
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 4, 2), (1, 2, 4), (2, 2, 2)])
-def test_eight_devices_give_the_step_of_one(single, shape):
+def test_eight_devices_give_the_steps_of_one(single):
     """Float32 sums in another order: metrics to 1e-4 relative, weights to 1e-5 after three steps
-    at a learning rate of 1e-2."""
+    at a learning rate of 1e-2. test_sharded.py takes a step on each mesh."""
     want, want_record = single
-    with set_mesh(*shape):
-        state, step, teacher = make_student(
-            recipe(microbatch=4) if shape == (1, 4, 2) else recipe()
-        )
+    with set_mesh(2, 2, 2):
+        state, step, teacher = make_student(recipe(microbatch=4))
         assert len(state.params["layers"]["q"].sharding.device_set) == 8
         state, record = run_steps(state, step, teacher, 0, 3)
     for ours, theirs in zip(record, want_record, strict=True):

@@ -439,6 +439,7 @@ print(json.dumps([memory.peak, memory.compiled, memory.fits]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_a_real_configuration_compiles_for_a_tpu():
     """LLaMA-2-7B's recovery on the slice that its configuration names, in a process of its own:

@@ -239,6 +239,7 @@ def test_four_processes_stopped_and_started_again(place, single):
         assert beside_gloo(said(place, number)) == []
 
 
+@pytest.mark.slow
 def test_on_one_process_and_two_and_one_again(place, single):
     """A single process is told to stop in the search; two of as many devices in all go on, are told
     to stop while they load, go on, and end when one of them dies in the distillation; a single one

@@ -59,6 +59,7 @@ def command(configuration, name, *overrides):
     return cli.main([name, "--config", str(configuration), TEST, *SMALL, *overrides])
 
 
+@pytest.mark.slow
 def test_a_whole_run_is_rehearsed_once(configuration, tmp_path, played, monkeypatch):
     out = tmp_path / "run"
     where = (f"out={out}", "distill.teacher=cache", f"distill.cache={tmp_path}/cache")

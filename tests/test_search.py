@@ -251,10 +251,8 @@ def test_micro_batches_give_the_whole_step(estimator, masks, micro):
     assert metrics == pytest.approx(want_metrics, rel=1e-4)
 
 
-SPECS = {
-    "score": make_spec(),
+SPECS = {  # those that test_sharded.py has not
     "one-mask": make_spec(estimator="straight_through", masks="batch", relaxation="khot"),
-    "mixed": make_spec(estimator="mixed"),
     "shared": make_spec(estimator="mixed", masks_per_window=2, microbatch=4),
 }
 
