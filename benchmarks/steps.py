@@ -9,9 +9,10 @@ the greatest that its allocator had in use. An arm's KL is compared with one in 
 timed. Share: of a bfloat16 product of 8192 x 8192 matrices in the same run, with the operations a
 model needs, none that is repeated: one forward pass is 1, causal attention a half of the square; a
 distillation is the teacher's pass and three of the student's, a search three of the dense model's,
-of which one is shared by M rows where M masks are drawn for a window (`masksM`). On a mesh of
-several GPUs (`dataN`, `modelN`) the share is of as many, and GiB are of the GPU that has most.
-PyTorch arms need torch and transformers, those with Liger liger-kernel; ours need JAX for CUDA.
+of which one is shared by M rows where M masks are drawn for a window (`masksM`); it is counted
+whole, though ours runs only from the first layer that a mask removes (`firstL`: none before L).
+On a mesh of several GPUs (`dataN`, `modelN`) the share is of as many, and GiB are of the GPU that
+has most. PyTorch arms need torch and transformers, those with Liger liger-kernel; ours need JAX for CUDA.
 """
 
 import argparse
@@ -123,17 +124,18 @@ def matmul_rate() -> float:
 
 ARMS = {
     "distil": (
+        "e3jax:8:elementwise",
         "e3jax:4:elementwise",
         "e3jax:4:selective",
-        "e3jax:8:layer",
+        "torch:liger:fused",
+        "torch:liger:fused:micro4",
         "torch:compile:fused",
-        "torch:compile:fused:micro4",
         "torch:liger:checkpoint:fused",
     ),
     "search": (
         "e3jax:4:elementwise",
+        "e3jax:4:elementwise:first8",
         "e3jax:2:elementwise",
-        "e3jax:4:selective",
         "torch:liger:fused",
         "torch:liger:checkpoint:fused",
         "e3jax:1:elementwise:masks4",

@@ -1,0 +1,106 @@
+"""What a choice of the recovery is worth: one mask recovered with other settings, over seeds.
+
+    python benchmarks/recover.py --config configs/demo.yaml --folder /tmp/study \
+        --mask runs/demo/search/mask.json \
+        --settings "distill.weight=uniform" "distill.weight=student distill.optimizer.lr=1e-3"
+
+The figure is the KL to the dense model on the windows of data.measure (or the test problems), on
+which no recovery trains; differences to the first setting are paired, window by window and seed by
+seed, with the standard error over windows of their means over the seeds. Finished recoveries are
+not made again. Writes FOLDER/results.json.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import pathlib
+import shutil
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from e3jax import configure, job, stages  # noqa: E402
+from e3jax.evaluate.figures import make_figures  # noqa: E402
+from e3jax.mask import read_mask  # noqa: E402
+
+
+def main() -> None:
+    options = parse()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    jax.config.update("jax_threefry_partitionable", True)
+    base = configure.load_run(options.config, [*options.overrides, f"out={options.folder}"])
+    path = options.folder / "results.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    with job.open_mesh(base.mesh):
+        dense = job.open_job(base)
+        for mask in options.mask:
+            first = None
+            for setting in options.settings:
+                found = [of(rows, options, dense, mask, setting, seed) for seed in options.seeds]
+                path.write_text(json.dumps(rows) + "\n", encoding="utf-8")
+                first = first or found
+                tell(mask, setting, found, first)
+
+
+def of(rows, options, dense, mask, setting, seed):
+    """The row of one recovery, made where it is not among `rows`."""
+    name = {"mask": str(mask), "setting": setting, "seed": seed}
+    for row in rows:
+        if name.items() <= row.items():
+            return row
+    out = options.folder / "now"
+    overrides = [*options.overrides, *setting.split(), f"seed={seed}", f"out={out}"]
+    run = configure.load_run(options.config, overrides)
+    here = dataclasses.replace(dense.at(out, seed), run=run)
+    keep = read_mask(mask, dense.cfg.num_layers)
+    begun = time.monotonic()
+    student = stages.recover(here, keep, out / "student")
+    spent = time.monotonic() - begun
+    figures = make_figures(dense.cfg, dense.cfg.take_layers(keep.keep), dtype=here.dtype,
+                           chunk=run.distill.chunk)  # fmt: skip
+    batches = job.ordered(dense.measured, run.evaluate.batch)
+    found = figures(dense.params, student, batches, each_window=True)
+    shutil.rmtree(out)
+    tokens = run.distill.steps * run.distill.batch * run.data.window
+    rows.append(name | {"kl": found.kl, "windows": found.windows, "tokens": tokens, "s": spent})
+    return rows[-1]
+
+
+def tell(mask, setting, found, first):
+    kl = np.array([row["kl"] for row in found])
+    sums = np.array([row["windows"] for row in found])  # [seeds, windows, (KL, tokens)]
+    other = np.array([row["windows"] for row in first])
+    tokens = sums[0, :, 1]
+    gap = (sums[..., 0] - other[..., 0]).mean(0)  # of each window, nats
+    mean = gap.sum() / tokens.sum()
+    error = np.sqrt(np.sum((gap - mean * tokens) ** 2)) / tokens.sum()
+    ratio = kl.mean() / np.mean([row["kl"] for row in first])
+    print(
+        f"{mask.parent.name} {setting}: {kl.mean():.5f} +- {kl.std(ddof=len(kl) > 1):.5f}, to the "
+        f"first {mean:+.5f} +- {error:.5f} ({ratio:.3f} x), {found[0]['tokens'] / 1e6:.2f} M "
+        f"tokens, {np.mean([row['s'] for row in found]):.0f} s",
+        flush=True,
+    )
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--folder", required=True, type=pathlib.Path)
+    parser.add_argument("--mask", required=True, nargs="+", type=pathlib.Path)
+    parser.add_argument("--settings", nargs="+", required=True, metavar="'KEY=VALUE ...'")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+if __name__ == "__main__":
+    main()
