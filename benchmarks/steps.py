@@ -12,7 +12,8 @@ distillation is the teacher's pass and three of the student's, a search three of
 of which one is shared by M rows where M masks are drawn for a window (`masksM`); it is counted
 whole, though ours runs only from the first layer that a mask removes (`firstL`: none before L).
 On a mesh of several GPUs (`dataN`, `modelN`) the share is of as many, and GiB are of the GPU that
-has most. PyTorch arms need torch and transformers, those with Liger liger-kernel; ours need JAX for CUDA.
+has most. PyTorch arms need torch and transformers, those with Liger liger-kernel; ours need JAX for
+CUDA.
 """
 
 import argparse
