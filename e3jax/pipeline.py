@@ -195,7 +195,10 @@ def run_all(job_: Job) -> None:
     outputs.export(job_, mask, student, job_.out / "export", recovered=True, rows=rows)
     _draw(job_, mask)
     print(table.render(rows))
-    print(f"\npruned and recovered: {job_.out}/export   pictures: {job_.out}/plots")
+    print(
+        f"\npruned and recovered: {job_.out}/export   pictures: {job_.out}/plots   "
+        f"answers side by side: {job_.out}/evaluate/samples.md"
+    )
 
 
 def compare(job_: Job) -> None:
@@ -271,6 +274,9 @@ def _evaluate(job_: Job, mask: Mask) -> tuple[Params, list[table.Row]]:
     if job_.run.evaluate.loss_curve:
         table.removal_curve(job_, mask)
     table.write(job_.out / "evaluate", rows)
+    if processes.is_first():
+        table.write_behaviour(job_.out / "evaluate", rows)
+        pictures.draw_behaviour(job_.out, rows)
     if student is None:
         student = stages.recover(job_, mask, place)  # read back
     return student, rows

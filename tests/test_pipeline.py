@@ -161,6 +161,24 @@ def test_table(place):
     assert by_name["e3 recovered"]["exact_match"] == sum(correct) / 6
 
 
+def test_behaviour(place):
+    """KL by tenths adds up to the table's, and the answers are the problems'."""
+    folder = place / "out" / "evaluate"
+    for row in files.read_json(folder / "results.json"):
+        name = row["model"].replace(" ", "-")
+        tenths = files.read_json(folder / f"{name}.deciles.json")
+        tokens = [x["tokens"] for x in tenths]
+        assert len(tenths) == 10 and max(tokens) - min(tokens) <= 1
+        assert np.average([x["kl"] for x in tenths], weights=tokens) == pytest.approx(row["kl"])
+        windows = np.array(files.read_json(folder / f"{name}.windows.json"))
+        assert windows[:, 0].sum() / windows[:, 1].sum() == pytest.approx(row["kl"])
+    _, answers = (folder / "behaviour.txt").read_text().split("answers beside")
+    for line in answers.splitlines()[-4:]:
+        assert sum(map(int, line.split()[-5:])) == 6
+    shown = (folder / "samples.md").read_text()
+    assert all(f"**{name}**" in shown for name in ROWS)
+
+
 def test_removal_curve_begins_at_the_dense_model(place):
     curve = files.read_json(place / "out" / "evaluate" / "removal.json")["value"]
     rows = files.read_json(place / "out" / "evaluate" / "results.json")
@@ -173,6 +191,7 @@ def test_pictures(place):
     names = {path.name for path in (place / "out" / "plots").iterdir()}
     assert names == {
         "kept-layers.png", "search.png", "importance.png", "removal.png", "distillation.png",
+        "behaviour.png",
     }  # fmt: skip
     for name in names:
         assert_drawn(place / "out" / "plots" / name)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from e3jax import mesh
 from e3jax.distill import terms
-from e3jax.distill.terms import Objective, Online, Sums, TopK, entropy
+from e3jax.distill.terms import Compared, Objective, Online, Sums, TopK, entropy
 from e3jax.errors import UserError
 from e3jax.models.decoder import unembed, wide_product
 
@@ -190,6 +190,27 @@ def _check(objective: Objective, teacher: Online | TopK | None) -> None:
             f"distill.divergence={objective.divergence} from a teacher cache needs "
             f"distill.tail=bucket, not {objective.tail}: the tail has no probability otherwise"
         )
+
+
+def each_token(
+    h_q: jax.Array,
+    head_q: jax.Array,
+    h_p: jax.Array,
+    head_p: jax.Array,
+    targets: jax.Array,
+    chunk: int,
+) -> Compared:
+    """Student q beside teacher p at every token, float32 [B, T]; arrays as in `token_sums`."""
+    axes = ("vocab", "embed")
+    heads = tuple(mesh.gather(head.astype(h_q.dtype), axes) for head in (head_q, head_p))
+
+    def one(x: tuple[jax.Array, ...]) -> Compared:
+        h_q, h_p, targets = x
+        return terms.compare(unembed(h_q, heads[0]), unembed(h_p, heads[1]), targets)
+
+    size = positions(h_q.shape, chunk)
+    found = jax.lax.map(one, tuple(split_time(x, size) for x in (h_q, h_p, targets)))
+    return jax.tree.map(lambda x: join_time(x, h_q.shape[1]), found)
 
 
 def teacher_topk(

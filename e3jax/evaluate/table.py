@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from e3jax import files, job, processes
+from e3jax.evaluate.behaviour import Decile, deciles, flips, make_tokens, samples
 from e3jax.evaluate.exact import Answer, solve
 from e3jax.evaluate.figures import make_figures
 from e3jax.job import Job
@@ -17,6 +18,8 @@ from e3jax.models.decoder import Batch, Params
 from e3jax.training.metrics import read_metrics
 
 log = logging.getLogger(__name__)
+
+SAMPLES = 8  # problems whose answers are shown side by side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +75,11 @@ def measure_student(
 
 def windows(job_: Job, row: Row) -> list[list[float]]:
     """KL and tokens of each window that a row was measured on, sums."""
-    return files.read_json(_path(job_, row.model).with_suffix(".windows.json"))
+    return files.read_json(_path(job_.out / "evaluate", row.model).with_suffix(".windows.json"))
 
 
-def _path(job_: Job, model: str) -> pathlib.Path:
-    return job_.out / "evaluate" / f"{model.replace(' ', '-')}.json"
+def _path(folder: pathlib.Path, model: str) -> pathlib.Path:
+    return folder / f"{model.replace(' ', '-')}.json"
 
 
 def _spent(stage: pathlib.Path) -> float:
@@ -88,12 +91,13 @@ def _once(
 ) -> Row:
     """Measures a model unless its file is there, made from the same model, data and settings."""
     spec = job_.run.evaluate
-    path = _path(job_, model)
+    path = _path(job_.out / "evaluate", model)
     facts = job_.inputs(
         **inputs,
         evaluate=spec,
         measured=job_.measured.fingerprint,
         test=files.fingerprint(job_.problems) if job_.run.data.test else None,
+        deciles=10,
     )
     return Row(**job.once(path, facts, lambda: _measure(job_, model, keep, params(), tokens, path)))
 
@@ -101,10 +105,12 @@ def _once(
 def _measure(
     job_: Job, model: str, keep: Sequence[int], student: Params, tokens: int, path: pathlib.Path
 ) -> dict[str, Any]:
-    """The fields of a Row; every answer, and every window's KL and tokens, go to files beside."""
+    """The fields of a Row; every answer, every window's KL and tokens, and the figures by the dense
+    model's entropy go to files beside."""
     begun, spec, cfg = time.monotonic(), job_.run.evaluate, job_.cfg.take_layers(keep)
-    figures = make_figures(job_.cfg, cfg, dtype=job_.dtype, chunk=job_.run.distill.chunk)
-    found = figures(job_.params, student, _measured(job_), each_window=True)
+    tokens_of = make_tokens(job_.cfg, cfg, dtype=job_.dtype, chunk=job_.run.distill.chunk)
+    each = tokens_of(job_.params, student, _measured(job_))
+    found = each.figures()
     answers: list[Answer] = []
     if job_.run.data.test:
         answers = solve(
@@ -130,7 +136,8 @@ def _measure(
     if processes.is_first():
         lines = [json.dumps(dataclasses.asdict(a) | {"correct": a.correct}) for a in answers]
         files.write_text(path.with_suffix(".answers.jsonl"), "\n".join(lines) + "\n")
-        files.write_json(path.with_suffix(".windows.json"), found.windows)
+        files.write_json(path.with_suffix(".windows.json"), each.windows())
+        files.write_json(path.with_suffix(".deciles.json"), deciles(each))
     log.info("evaluate: %-20s %s  (%.0f s)", model, summary(row), time.monotonic() - begun)
     return dataclasses.asdict(row)
 
@@ -189,3 +196,45 @@ def write(folder: pathlib.Path, rows: Sequence[Row]) -> None:
     if processes.is_first():
         files.write_json(folder / "results.json", [dataclasses.asdict(row) for row in rows])
         files.write_text(folder / "results.txt", render(rows) + "\n")
+
+
+def write_behaviour(folder: pathlib.Path, rows: Sequence[Row]) -> None:
+    """behaviour.txt and samples.md, from what lies beside the rows, of which the dense model's is
+    the first. folder: `evaluate`."""
+    text = "KL by tenths of the tokens, those the dense model is surest of first\n"
+    text += align([_by_decile(folder, row) for row in rows])
+    if rows[0].problems:
+        answers = {row.model: _answers(folder, row) for row in rows}
+        dense, *others = rows
+        lines = [_flipped(other, answers[dense.model], answers[other.model]) for other in others]
+        text += "\n\nanswers beside the dense model's\n" + align(lines)
+        files.write_text(folder / "samples.md", samples(answers, SAMPLES))
+    files.write_text(folder / "behaviour.txt", text + "\n")
+
+
+def read_deciles(folder: pathlib.Path, row: Row) -> list[Decile]:
+    """A row's figures by the dense model's entropy; folder: `evaluate`."""
+    path = _path(folder, row.model).with_suffix(".deciles.json")
+    return [Decile(**fields) for fields in files.read_json(path)]
+
+
+def _answers(folder: pathlib.Path, row: Row) -> list[dict[str, Any]]:
+    text = _path(folder, row.model).with_suffix(".answers.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _by_decile(folder: pathlib.Path, row: Row) -> dict[str, str]:
+    found = read_deciles(folder, row)
+    return {"model": row.model} | {str(n): f"{x.kl:.4f}" for n, x in enumerate(found, 1)}
+
+
+def _flipped(row: Row, dense: Sequence[Any], theirs: Sequence[Any]) -> dict[str, str]:
+    found = flips(dense, theirs)
+    return {
+        "model": row.model,
+        "right in both": str(found.both),
+        "lost": str(found.lost),
+        "gained": str(found.gained),
+        "wrong, another": str(found.another),
+        "wrong, the same": str(found.same),
+    }

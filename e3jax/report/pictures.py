@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from e3jax import files
+from e3jax.evaluate import table
 from e3jax.job import Job
 from e3jax.mask import Mask
 from e3jax.report import plots
@@ -63,6 +64,22 @@ def draw_losses(job_: Job) -> None:
         series |= {f"{name}, train": _curve(lines, "kl")}
         series |= {f"{name}, held out": _curve(lines, "held_out_kl")}
     _draw_training(job_.out, "distillation", "KL to dense (nats/token)", series)
+
+
+def draw_behaviour(out: pathlib.Path, rows: Sequence[table.Row]) -> None:
+    """plots/behaviour.png: KL of every model by tenths of the tokens."""
+    series = {}
+    for row in rows[1:]:  # the dense model is at no distance from itself
+        found = table.read_deciles(out / "evaluate", row)
+        series[row.model] = (list(range(1, len(found) + 1)), [x.kl for x in found])
+    (out / "plots").mkdir(exist_ok=True)
+    plots.curves(
+        out / "plots" / "behaviour.png",
+        series,
+        xlabel="tenth of the tokens, those the dense model is surest of first",
+        ylabel="KL to dense (nats/token)",
+        title="Where the models differ from the dense one",
+    )
 
 
 def draw_comparison(out: pathlib.Path, results: Sequence[Any]) -> None:
