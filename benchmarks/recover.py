@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from e3jax import configure, job, stages  # noqa: E402
-from e3jax.evaluate.figures import make_figures  # noqa: E402
+from e3jax import configure, job, recovery  # noqa: E402
+from e3jax.evaluate.behaviour import make_tokens  # noqa: E402
 from e3jax.mask import read_mask  # noqa: E402
 
 
@@ -60,15 +60,14 @@ def of(rows, options, dense, mask, setting, seed):
     here = dataclasses.replace(dense.at(out, seed), run=run)
     keep = read_mask(mask, dense.cfg.num_layers)
     begun = time.monotonic()
-    student = stages.recover(here, keep, out / "student")
+    student = recovery.recover(here, keep, out / "student")
     spent = time.monotonic() - begun
-    figures = make_figures(dense.cfg, dense.cfg.take_layers(keep.keep), dtype=here.dtype,
-                           chunk=run.distill.chunk)  # fmt: skip
-    batches = job.ordered(dense.measured, run.evaluate.batch)
-    found = figures(dense.params, student, batches, each_window=True)
+    cfg = dense.cfg.take_layers(keep.keep)
+    tokens = make_tokens(dense.cfg, cfg, dtype=here.dtype, chunk=run.distill.chunk)
+    found = tokens(dense.params, student, job.ordered(dense.measured, run.evaluate.batch))
     shutil.rmtree(out)
-    tokens = run.distill.steps * run.distill.batch * run.data.window
-    rows.append(name | {"kl": found.kl, "windows": found.windows, "tokens": tokens, "s": spent})
+    spent = {"tokens": run.distill.steps * run.distill.batch * run.data.window, "s": spent}
+    rows.append(name | {"kl": found.figures().kl, "windows": found.windows()} | spent)
     return rows[-1]
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from e3jax import configure, job, stages  # noqa: E402
+from e3jax import choice, configure, job  # noqa: E402
 from e3jax.evaluate.figures import make_figures  # noqa: E402
 from e3jax.training.metrics import read_metrics  # noqa: E402
 
@@ -52,7 +52,7 @@ def search(options, dense, figures, setting, seed):
     overrides = [*options.overrides, *setting.split(), f"seed={seed}", f"out={out}"]
     run = configure.load_run(options.config, overrides)
     begun = time.monotonic()
-    mask = stages.search_mask(dataclasses.replace(dense, run=run, out=out))
+    mask = choice.search_mask(dataclasses.replace(dense, run=run, out=out))
     spent = time.monotonic() - begun
     batches = job.ordered(dense.measured, run.evaluate.batch)
     kl = figures(dense.params, dense.params, batches, mask.keep).kl

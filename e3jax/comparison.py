@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from e3jax import files, job, processes, stages
+from e3jax import choice, files, job, processes, recovery
 from e3jax.evaluate import table
 from e3jax.job import Job
 from e3jax.mask import Mask
@@ -61,14 +61,14 @@ def compare(job_: Job) -> tuple[list[Result], table.Row]:
 
 def _result(job_: Job, name: str, keep: int, tokens: int) -> Result:
     if name == "e3":
-        choose = functools.partial(stages.search_mask, job_)
+        choose = functools.partial(choice.search_mask, job_)
     else:
-        choose = functools.partial(stages.selector_mask, job_, name, keep, tokens)
+        choose = functools.partial(choice.selector_mask, job_, name, keep, tokens)
     spec = {"selector": name, "search": job_.run.search, "tokens": tokens}
     seconds = _timed(job_, job_.out / name, spec, choose)
     mask = choose()  # read back
     place, bare = _place(mask), dataclasses.replace(mask, tokens=0)  # rows may be shared
-    raw = table.measure(job_, f"{place} raw", bare, lambda: stages.survivors(job_.params, mask))
+    raw = table.measure(job_, f"{place} raw", bare, lambda: recovery.survivors(job_.params, mask))
     result = Result(
         selector=name,
         seed=job_.run.seed,
@@ -81,7 +81,7 @@ def _result(job_: Job, name: str, keep: int, tokens: int) -> Result:
     )
     if not job_.run.compare.recover:
         return result
-    recover = functools.partial(stages.recover, job_, mask, job_.out / place)
+    recover = functools.partial(recovery.recover, job_, mask, job_.out / place)
     seconds = _timed(job_, job_.out / place, {"recipe": job_.run.distill}, recover)
     row = table.measure_student(job_, f"{place} recovered", recover, bare, place)
     return dataclasses.replace(

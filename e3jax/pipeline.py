@@ -12,6 +12,7 @@ import jax
 
 from e3jax import (
     __version__,
+    choice,
     comparison,
     config,
     files,
@@ -19,8 +20,8 @@ from e3jax import (
     mesh,
     outputs,
     processes,
+    recovery,
     rehearsal,
-    stages,
     teaching,
 )
 from e3jax.data import text
@@ -160,7 +161,7 @@ def _describe_model(job_: Job) -> str:
 
 def search(job_: Job) -> None:
     """Stage 1 alone."""
-    mask = stages.search_mask(job_)
+    mask = choice.search_mask(job_)
     _draw(job_, mask)
     print(f"kept {list(mask.keep)}  held-out KL {mask.kl:.4f}  {job_.out}/search/mask.json")
 
@@ -168,14 +169,14 @@ def search(job_: Job) -> None:
 def distill(job_: Job) -> None:
     """Stage 2 alone, of this run's mask or a given one."""
     mask = _mask(job_)
-    stages.recover(job_, mask, job_.out / "distill")
+    recovery.recover(job_, mask, job_.out / "distill")
     _draw(job_, mask)
 
 
 def export(job_: Job) -> None:
     """The recovered model as a Hugging Face folder, and the raw one where asked for."""
     mask = _mask(job_)
-    student = stages.recover(job_, mask, job_.out / "distill")
+    student = recovery.recover(job_, mask, job_.out / "distill")
     if job_.run.export.raw:
         _export_raw(job_, mask)
     outputs.export(job_, mask, student, job_.out / "export", recovered=True)
@@ -222,7 +223,7 @@ COMMANDS: dict[str, Callable[[Job], None]] = {
 
 
 def _export_raw(job_: Job, mask: Mask, rows: Sequence[table.Row] = ()) -> None:
-    raw = stages.survivors(job_.params, mask)
+    raw = recovery.survivors(job_.params, mask)
     outputs.export(job_, mask, raw, job_.out / "export-raw", recovered=False, rows=rows)
 
 
@@ -236,7 +237,7 @@ def _mask(job_: Job) -> Mask:
     """The mask file of the configuration, or this run's own search."""
     given = _given_mask(job_.run, job_.cfg.num_layers)
     if given is None:
-        return stages.search_mask(job_)
+        return choice.search_mask(job_)
     warn_of_other(given, job_.identity)
     # Figures are kept by the selector's name, and a baseline's is taken.
     taken = given.selector in job_.run.evaluate.baselines
@@ -258,14 +259,14 @@ def _evaluate(job_: Job, mask: Mask) -> tuple[Params, list[table.Row]]:
     """
     place = job_.out / "distill"
     rows = [table.measure_dense(job_), _raw_row(job_, mask)]
-    student: Params | None = stages.recover(job_, mask, place)
+    student: Params | None = recovery.recover(job_, mask, place)
     rows.append(_recovered_row(job_, student, mask, "distill"))
     for name in job_.run.evaluate.baselines:
         student = None
-        other = stages.selector_mask(job_, name, len(mask.keep))
+        other = choice.selector_mask(job_, name, len(mask.keep))
         rows.append(_raw_row(job_, other))
         try:
-            theirs = stages.recover(job_, other, job_.out / name)
+            theirs = recovery.recover(job_, other, job_.out / name)
         except Diverged as error:  # no reason to leave ours without an export
             log.warning("%s: not recovered: %s", name, error)
             continue
@@ -278,13 +279,13 @@ def _evaluate(job_: Job, mask: Mask) -> tuple[Params, list[table.Row]]:
         table.write_behaviour(job_.out / "evaluate", rows)
         pictures.draw_behaviour(job_.out, rows)
     if student is None:
-        student = stages.recover(job_, mask, place)  # read back
+        student = recovery.recover(job_, mask, place)  # read back
     return student, rows
 
 
 def _raw_row(job_: Job, mask: Mask) -> table.Row:
     name = f"{mask.selector} raw"
-    return table.measure(job_, name, mask, lambda: stages.survivors(job_.params, mask))
+    return table.measure(job_, name, mask, lambda: recovery.survivors(job_.params, mask))
 
 
 def _recovered_row(job_: Job, student: Params, mask: Mask, stage: str) -> table.Row:
@@ -327,7 +328,7 @@ def train(run: config.Run, out: pathlib.Path) -> None:
     job.record(run, out)
 
     def work(cfg: ModelConfig, run: config.Run, out: pathlib.Path) -> None:
-        trained = stages.train_student(
+        trained = recovery.train_student(
             "train",
             run,
             run.train.recipe,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import jax
 
-from e3jax import config, files, job, outputs, processes, stages
+from e3jax import choice, config, files, job, outputs, processes, recovery
 from e3jax.evaluate import table
 from e3jax.job import Job
 from e3jax.mask import Mask
@@ -94,12 +94,12 @@ def play(job_: Job, command: str, run: config.Run, folder: pathlib.Path) -> None
     )
     mask = Mask(num_layers=2, keep=(0,), order=(1,))
     if run.distill.mask is None or command == "search":
-        mask = stages.search_mask(two)
+        mask = choice.search_mask(two)
     if command == "search":
         return
-    student = stages.recover(two, mask, folder / "distill")
+    student = recovery.recover(two, mask, folder / "distill")
     if command in ("run", "evaluate", "compare"):
-        table.measure(two, "raw", mask, lambda: stages.survivors(two.params, mask))
+        table.measure(two, "raw", mask, lambda: recovery.survivors(two.params, mask))
         table.measure_student(two, "recovered", lambda: student, mask, "distill")
     if command in ("run", "export"):
         outputs.export(two, mask, student, folder / "export", recovered=True, transformers=False)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from e3jax import cli, comparison, config, files, mask, stages
+from e3jax import cli, comparison, config, files, mask, recovery
 from e3jax.hf.export import export_new
 from e3jax.models import decoder
 from e3jax.selectors import registry
@@ -106,7 +106,7 @@ def test_given_again_nothing_is_done_again(place, monkeypatch, capsys):
         raise AssertionError("done again")
 
     monkeypatch.setattr("e3jax.hf.load.load_params", fail)  # the weights are not even read
-    monkeypatch.setattr(stages, "fit", fail)
+    monkeypatch.setattr(recovery, "fit", fail)
     monkeypatch.setattr("e3jax.evaluate.table._measure", fail)
     monkeypatch.setitem(
         registry.SELECTORS, "sleb", registry.Rule(fail, registry.SELECTORS["sleb"].passes)

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 
-from e3jax import cli, config, configure, files, outputs, rehearsal, stages
+from e3jax import choice, cli, config, configure, files, outputs, recovery, rehearsal
 from e3jax.evaluate import table
 from e3jax.hf import families
 from e3jax.planning import budget
@@ -23,8 +23,8 @@ SMALL = (
     "distill.microbatch=8",
 )
 STAGES = {
-    "search": (stages, "search_mask"),
-    "recovery": (stages, "train_student"),
+    "search": (choice, "search_mask"),
+    "recovery": (recovery, "train_student"),
     "figures": (table, "_measure"),
     "export": (outputs, "_verify"),
 }

@@ -153,7 +153,7 @@ def test_a_finished_stage_takes_no_step(configuration, whole, monkeypatch, capsy
     monkeypatch.setattr(distill, "make_train_step", lambda *_, **__: never)
     monkeypatch.setattr("e3jax.search.search.make_search_step", never)
     monkeypatch.setattr("e3jax.models.decoder.take_layers", never)  # the state is read, not made
-    monkeypatch.setattr("e3jax.stages.kl_importance", never)
+    monkeypatch.setattr("e3jax.choice.kl_importance", never)
     assert cli.main(["distill", "--config", str(configuration)]) == 0
     assert {path: path.read_bytes() for path in kept} == kept
     # Another mesh may need another micro-batch.

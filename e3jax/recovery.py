@@ -1,0 +1,173 @@
+"""Stage 2 of a run, what is left trained: distilled from the dense model, or plainly.
+
+Restartable: called again, it goes on, or returns what it has.
+"""
+
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from e3jax import config, files, job, teaching
+from e3jax.data.windows import Windows
+from e3jax.distill import distill
+from e3jax.errors import UserError
+from e3jax.evaluate.figures import make_figures
+from e3jax.job import Job
+from e3jax.mask import Mask
+from e3jax.models import decoder
+from e3jax.models.config import ModelConfig
+from e3jax.models.decoder import Params
+from e3jax.selectors import laco
+from e3jax.training.loop import fit
+from e3jax.training.optim import make_optimizer
+
+log = logging.getLogger(__name__)
+
+CALIBRATION_WINDOWS = 64  # whose mean teacher entropy is the H of the token weights
+
+
+def survivors(params: Params, mask: Mask) -> Params:
+    """The layers that a mask keeps, with what it merges into them."""
+    whole = laco.merge(params, mask.merges) if mask.merges else params
+    return decoder.take_layers(whole, mask.keep)
+
+
+def recover(job_: Job, mask: Mask, folder: pathlib.Path) -> Params:
+    """Stage 2: the student of a mask, distilled from the dense model; float32 parameters."""
+    run, recipe = job_.run, job_.run.distill
+    stored = teaching.stored_teacher(job_) if recipe.teacher == "cache" else None
+
+    def entropy() -> float:
+        if stored is not None:
+            assert stored.train.stats is not None  # it is finished
+            return stored.train.stats["mean_entropy"]
+        return distill.mean_teacher_entropy(
+            job_.params,
+            job_.cfg,
+            job.ordered(job_.train, recipe.together, CALIBRATION_WINDOWS),
+            temperature=recipe.temperature,
+            dtype=job_.dtype,
+            chunk=recipe.chunk,
+        )
+
+    mean_entropy = 1.0
+    if recipe.weight != "uniform":
+        facts = job_.inputs(
+            train=job_.train.fingerprint, temperature=recipe.temperature, teacher=recipe.teacher
+        )
+        if stored is not None:  # it is that of the windows in it
+            facts |= {"steps": recipe.steps, "batch": recipe.batch}
+        mean_entropy = job.once(job_.out / "distill" / "entropy.json", facts, entropy)
+
+    def start() -> Params:
+        params = survivors(job_.params, mask)
+        if stored is not None:
+            job_.release()
+        return params
+
+    return train_student(
+        folder.name,
+        run,
+        recipe,
+        cfg=job_.cfg.take_layers(mask.keep),
+        make_params=start,
+        teacher=(lambda: job_.params, job_.cfg) if stored is None else None,
+        train=job_.train,
+        held_out=job_.held_out,
+        inputs=job_.inputs(keep=mask.keep, **({"merges": mask.merges} if mask.merges else {})),
+        folder=folder,
+        mean_entropy=mean_entropy,
+        stored=stored,
+    )
+
+
+def train_student(
+    name: str,
+    run: config.Run,
+    recipe: config.Distill,
+    *,
+    cfg: ModelConfig,
+    make_params: Callable[[], Params],
+    teacher: tuple[Callable[[], Params], ModelConfig] | None,
+    train: Windows,
+    held_out: Windows,
+    inputs: dict[str, Any],
+    folder: pathlib.Path,
+    mean_entropy: float = 1.0,
+    stored: teaching.Stored | None = None,
+) -> Params:
+    """Trains parameters by a recipe and returns them in float32. The teacher, if any, is frozen.
+
+    make_params: those to begin with, in any dtype; on a restart nobody asks for them. Those of the
+      teacher are asked for at the first step. stored: the teacher instead, for `teacher: cache`.
+    Held-out figures are KL and agreement with the teacher, and perplexity.
+    """
+    if recipe.batch % recipe.together:
+        raise UserError(
+            f"distill.microbatch={recipe.microbatch} does not divide distill.batch={recipe.batch}"
+        )
+    dtype = job.DTYPES[run.model.dtype]
+    optimizer = make_optimizer(recipe.optimizer, recipe.steps)
+    frozen, teacher_cfg = teacher if teacher is not None else (None, None)  # called: parameters
+    take_step = distill.make_train_step(
+        cfg, recipe, optimizer, teacher_cfg=teacher_cfg, dtype=dtype, remat=run.model.remat
+    )
+    taught = frozen is not None or stored is not None
+    figures = make_figures(
+        teacher_cfg or cfg,
+        cfg,
+        dtype=dtype,
+        chunk=recipe.chunk,
+        temperature=1.0 if stored is None else recipe.temperature,
+    )
+
+    def step(state: distill.TrainState, arrays: Any) -> tuple[distill.TrainState, dict]:
+        online = frozen() if frozen and recipe.teacher == "online" else None
+        return take_step(state, online, job.to_batch(arrays, train), arrays.get("stored"))
+
+    def measured() -> Iterator[Any]:
+        # The batch size of a forward pass in the step is one that fits.
+        for arrays in job.ordered_arrays(held_out, recipe.together):
+            known = stored and teaching.read_rows(stored.held_out, arrays["index"])
+            yield job.to_batch(arrays, held_out), known
+
+    def evaluate(_: int, state: distill.TrainState) -> tuple[distill.TrainState, dict]:
+        found = figures(frozen() if frozen else None, state.params, measured())
+        values = {"held_out_perplexity": found.perplexity}
+        if taught:
+            values |= {"held_out_kl": found.kl, "held_out_agreement": found.agreement}
+        return state, values
+
+    plain_batches = job.step_batches(train, recipe.batch, job.data_seed(run, "distill"))
+
+    def batches(step: int, /) -> dict[str, Any]:
+        arrays: dict[str, Any] = plain_batches(step)
+        if stored is not None:
+            arrays["stored"] = teaching.read_rows(stored.train, arrays["index"])
+        return arrays
+
+    decides = dataclasses.asdict(recipe)
+    # Places, and what another mesh may need to be another: no result but for rounding.
+    for key in ("checkpoint_every", "cache", "mask", "microbatch", "chunk"):
+        del decides[key]
+    state = fit(
+        name,
+        step,
+        lambda: distill.init_state(make_params(), optimizer, mean_entropy),
+        batches,
+        like=distill.abstract_state(cfg, optimizer),
+        steps=recipe.steps,
+        folder=folder,
+        inputs=files.plain_tree(inputs | {"recipe": decides, "train": train.fingerprint}),
+        checkpoint_every=recipe.checkpoint_every,
+        evaluate=evaluate,
+        evaluate_every=recipe.evaluate_every,
+        patience=recipe.patience,
+        keep=run.keep_checkpoints,
+        best="held_out_kl" if taught else "held_out_perplexity",
+    )
+    if skipped := int(state.skipped):
+        log.warning("%s: %d steps were not finite and were left out", name, skipped)
+    return state.params
