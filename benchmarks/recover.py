@@ -11,7 +11,6 @@ not made again. Writes FOLDER/results.json.
 """
 
 import argparse
-import dataclasses
 import json
 import logging
 import pathlib
@@ -57,7 +56,7 @@ def of(rows, options, dense, mask, setting, seed):
     out = options.folder / "now"
     overrides = [*options.overrides, *setting.split(), f"seed={seed}", f"out={out}"]
     run = configure.load_run(options.config, overrides)
-    here = dataclasses.replace(dense.at(out, seed), run=run)
+    here = dense.having(out=out, run=run)
     keep = read_mask(mask, dense.cfg.num_layers)
     begun = time.monotonic()
     student = recovery.recover(here, keep, out / "student")

@@ -11,7 +11,6 @@ window, shared by its masks. Finished searches are not made again. Writes FOLDER
 """
 
 import argparse
-import dataclasses
 import json
 import logging
 import pathlib
@@ -52,7 +51,7 @@ def search(options, dense, figures, setting, seed):
     overrides = [*options.overrides, *setting.split(), f"seed={seed}", f"out={out}"]
     run = configure.load_run(options.config, overrides)
     begun = time.monotonic()
-    mask = choice.search_mask(dataclasses.replace(dense, run=run, out=out))
+    mask = choice.search_mask(dense.having(run=run, out=out))
     spent = time.monotonic() - begun
     batches = job.ordered(dense.measured, run.evaluate.batch)
     kl = figures(dense.params, dense.params, batches, mask.keep).kl

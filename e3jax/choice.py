@@ -6,25 +6,30 @@ Restartable: called again, it goes on, or returns what it has.
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e3jax import files, job, mesh, processes
+from e3jax import files, job, mesh, processes, recovery
 from e3jax.data.windows import Windows
 from e3jax.evaluate.figures import make_figures
 from e3jax.job import Job
 from e3jax.mask import Mask, read_mask
 from e3jax.models.config import ModelConfig
-from e3jax.search import gumbel, search
+from e3jax.search import exchange, gumbel, search
+from e3jax.search.exchange import Measured
 from e3jax.selectors import registry, removal, similarity
 from e3jax.selectors.selection import Calibration, Task
 from e3jax.training.loop import fit
+from e3jax.training.metrics import read_metrics
 
 log = logging.getLogger(__name__)
+
+RACE = 4  # windows of a step of the exchanges' races
 
 
 def search_mask(job_: Job) -> Mask:
@@ -33,8 +38,10 @@ def search_mask(job_: Job) -> Mask:
     folder = job_.out / "search"
     keep = search.resolve_keep(spec.keep, cfg.num_layers)
     protect, force = search.fixed_layers(spec, cfg.num_layers)
+    fixed = {"keep": keep, "protect_l": protect, "force_l": force}
     decides = dataclasses.asdict(spec)
-    for key in ("checkpoint_every", "microbatch"):
+    nothing = () if spec.candidates > 1 else ("candidates", "candidate_steps")
+    for key in ("checkpoint_every", "microbatch", *nothing):
         del decides[key]
     inputs = job_.inputs(
         search=decides, train=job_.train.fingerprint, held_out=job_.held_out.fingerprint
@@ -60,12 +67,12 @@ def search_mask(job_: Job) -> Mask:
 
     def score(number: int, state: search.SearchState) -> tuple[search.SearchState, dict]:
         theta = np.asarray(state.theta)
-        answer = gumbel.answer(theta, keep, protect, force)
+        answer = gumbel.answer(theta, **fixed)
         kl = figures(job_.params, job_.params, held_out, np.flatnonzero(answer)).kl
         state = state.replace(tokens=state.tokens + held_tokens)
         best_kl, best = float(state.best_kl), np.asarray(state.best_theta)
         # The same answer again has the same KL, but for a rounding that differs between meshes.
-        new = np.isinf(best_kl) or np.any(answer != gumbel.answer(best, keep, protect, force))
+        new = np.isinf(best_kl) or np.any(answer != gumbel.answer(best, **fixed))
         if new and kl < best_kl:
             state = state.replace(
                 best_kl=mesh.replicate(jnp.float32(kl)), best_theta=mesh.replicate(theta)
@@ -95,18 +102,13 @@ def search_mask(job_: Job) -> Mask:
         evaluate_every=spec.score_every,
         keep=run.keep_checkpoints,
     )
-    best, best_kl, tried = search.refine(
-        np.asarray(state.best_theta),
-        float(state.best_kl),
-        lambda kept: figures(job_.params, job_.params, held_out, np.flatnonzero(kept)).kl,
-        keep=keep,
-        protect_l=protect,
-        force_l=force,
-        tries=spec.swaps,
-    )
-    kept = gumbel.answer(best, keep, protect, force)
+    answers, raced = _answers(job_, state, figures, fixed)
+    best, tried = answers[0], 0.0
+    if spec.candidates > 1:
+        best, tried = _recovered_best(job_, answers[: spec.candidates], fixed)
+    kept = gumbel.answer(best.theta, **fixed)
     order = sorted(
-        np.flatnonzero(~kept).tolist(), key=lambda layer: (not force[layer], best[layer])
+        np.flatnonzero(~kept).tolist(), key=lambda layer: (not force[layer], best.theta[layer])
     )
     scored = held_tokens * (-(-spec.steps // spec.score_every) + 1)
     searched = (float(state.tokens) - scored) / spec.masks_per_window
@@ -115,19 +117,90 @@ def search_mask(job_: Job) -> Mask:
         num_layers=cfg.num_layers,
         keep=tuple(np.flatnonzero(kept).tolist()),
         order=tuple(order),
-        theta=tuple(best.tolist()),
+        theta=tuple(best.theta.tolist()),
         scores=tuple(importance_l.tolist()),
-        kl=best_kl,
-        tokens=int(state.tokens) + int(tried * held_tokens) + spent,
-        teacher_tokens=round((spec.loss == "kl") * searched + scored + tried * held_tokens),
+        kl=best.kl,
+        tokens=int(state.tokens) + int(raced + tried) + spent,
+        teacher_tokens=round((spec.loss == "kl") * searched + scored + raced + tried),
         seed=run.seed,
         checkpoint=job_.identity,
         config=files.fingerprint(inputs),
     )
     if processes.is_first():
         files.write_json(path, mask)
-    log.info("search: keeping layers %s, held-out KL %.4f", list(mask.keep), best_kl)
+    log.info("search: keeping layers %s, held-out KL %.4f", list(mask.keep), mask.kl)
     return mask
+
+
+def _answers(
+    job_: Job, state: search.SearchState, figures: Callable, fixed: dict[str, Any]
+) -> tuple[list[Measured], float]:
+    """What the search found, the best first, and the tokens of the exchanges around it. Without
+    exchanges: every answer that was scored."""
+    spec, theta = job_.run.search, np.asarray(state.best_theta)
+    if not spec.swaps:
+        scored = [x for x in read_metrics(job_.out / "search") if "held_out_kl" in x]
+        found = [Measured(np.array(x["theta"], np.float32), x["held_out_kl"]) for x in scored]
+        found = [Measured(theta, float(state.best_kl)), *sorted(found, key=lambda x: x.kl)]
+        first = {gumbel.answer(x.theta, **fixed).tobytes(): x for x in reversed(found)}
+        return sorted(first.values(), key=lambda x: x.kl), 0.0
+    windows = min(spec.swap_windows, len(job_.held_out))
+    rows = job.rows_per_batch(min(RACE, windows))
+    batches = list(job.ordered(job_.held_out, RACE, windows))
+    known: dict[bytes, list[tuple[float, float]]] = {}
+    spent = 0.0
+
+    def score(kept: np.ndarray, number: int) -> tuple[float, float]:
+        """Of RACE windows, whatever a batch has: that depends on the devices."""
+        nonlocal spent
+        part = slice(number * RACE, min((number + 1) * RACE, windows))
+        seen = known.setdefault(kept.tobytes(), [])
+        while len(seen) < part.stop:
+            batch, keep = batches[len(seen) // rows], np.flatnonzero(kept)
+            seen += figures(job_.params, job_.params, [batch], keep, each_window=True).windows
+        spent += np.count_nonzero(job_.held_out.segments[part])
+        kl, tokens = zip(*seen[part], strict=True)
+        return sum(kl), sum(tokens)
+
+    count, budget = -(-windows // RACE), spec.swaps * spec.score_windows // RACE
+    return exchange.refine(theta, score, batches=count, budget=budget, **fixed), spent
+
+
+def _recovered_best(
+    job_: Job, answers: Sequence[Measured], fixed: dict[str, Any]
+) -> tuple[Measured, float]:
+    """The answer that has the least held-out KL after a short recovery; and the tokens of all those
+    recoveries. The teacher is in the step, whatever the run's own recovery has."""
+    steps, layers = job_.run.search.candidate_steps, range(job_.cfg.num_layers)
+    recipe = dataclasses.replace(
+        job_.run.distill, mask=None, teacher="online", steps=steps, evaluate_every=steps
+    )
+    folder, found = job_.out / "search" / "candidates", []
+    here = job_.having(out=folder, run=dataclasses.replace(job_.run, distill=recipe))
+    for answer in answers:
+        keep = tuple(np.flatnonzero(gumbel.answer(answer.theta, **fixed)).tolist())
+        mask = Mask(len(layers), keep, order=tuple(i for i in layers if i not in keep))
+        place = folder / mask.place
+
+        def measure(mask: Mask = mask, place: pathlib.Path = place) -> dict[str, float]:
+            recovery.recover(here, mask, place)
+            lines = read_metrics(place)
+            kl = [line["held_out_kl"] for line in lines if "held_out_kl" in line][-1]
+            return {"kl": kl, "tokens": sum(line.get("tokens", 0.0) for line in lines)}
+
+        facts = here.inputs(
+            keep=keep,
+            recipe=recipe,
+            train=job_.train.fingerprint,
+            held_out=job_.held_out.fingerprint,
+        )
+        found.append(job.once(place.with_suffix(".json"), facts, measure))
+        if processes.is_first():
+            shutil.rmtree(place, ignore_errors=True)  # checkpoints, each of a model's size
+        kl = found[-1]["kl"]
+        log.info("search: without %s: KL %.4f, recovered %.4f", list(mask.order), answer.kl, kl)
+    best = min(range(len(found)), key=lambda number: found[number]["kl"])
+    return answers[best], sum(each["tokens"] for each in found)
 
 
 def _finished(path: pathlib.Path, cfg: ModelConfig, inputs: dict[str, Any]) -> Mask | None:

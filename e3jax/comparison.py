@@ -18,7 +18,6 @@ import numpy as np
 from e3jax import choice, files, job, processes, recovery
 from e3jax.evaluate import table
 from e3jax.job import Job
-from e3jax.mask import Mask
 from e3jax.planning.budget import make_budget
 from e3jax.search.search import resolve_keep
 
@@ -52,7 +51,8 @@ def compare(job_: Job) -> tuple[list[Result], table.Row]:
     log.info("compare: at most %s tokens through masked models a choice", f"{tokens:,}")
     dense, results = table.measure_dense(job_), []
     for seed in spec.seeds:
-        here = job_.at(job_.out / f"seed-{seed}", seed)
+        run = dataclasses.replace(job_.run, seed=seed)
+        here = job_.having(out=job_.out / f"seed-{seed}", run=run)
         for name in spec.selectors:
             results.append(_result(here, name, keep, tokens))
             _tell(results[-1])
@@ -67,7 +67,7 @@ def _result(job_: Job, name: str, keep: int, tokens: int) -> Result:
     spec = {"selector": name, "search": job_.run.search, "tokens": tokens}
     seconds = _timed(job_, job_.out / name, spec, choose)
     mask = choose()  # read back
-    place, bare = _place(mask), dataclasses.replace(mask, tokens=0)  # rows may be shared
+    place, bare = mask.place, dataclasses.replace(mask, tokens=0)  # rows may be shared
     raw = table.measure(job_, f"{place} raw", bare, lambda: recovery.survivors(job_.params, mask))
     result = Result(
         selector=name,
@@ -90,13 +90,6 @@ def _result(job_: Job, name: str, keep: int, tokens: int) -> Result:
         recovered_windows=table.windows(job_, row),
         recovery_seconds=seconds,
     )
-
-
-def _place(mask: Mask) -> str:
-    """The name of a set of removed layers."""
-    gone = "-".join(map(str, sorted(mask.order)))
-    merged = f"-merged-{files.fingerprint(mask.merges)[:8]}" if mask.merges else ""
-    return f"without-{gone}{merged}"
 
 
 def _timed(

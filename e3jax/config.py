@@ -164,7 +164,20 @@ class Search:
         default=20, ge=1, description="steps between held-out scores of the current answer"
     )
     score_windows: int = Field(default=16, ge=1, description="held-out windows a score")
-    swaps: int = Field(default=0, ge=0, description="exchanges of two layers tried at the end")
+    swaps: int = Field(
+        default=0,
+        ge=0,
+        description="exchanges of two layers at the end: so many times score_windows are spent",
+    )
+    swap_windows: int = Field(
+        default=64, ge=1, description="held-out windows that decide an exchange, at most"
+    )
+    candidates: int = Field(
+        default=1,
+        ge=1,
+        description="best answers recovered for candidate_steps before one is chosen; 1: none is",
+    )
+    candidate_steps: int = Field(default=50, ge=1, description="steps of those recoveries")
     checkpoint_every: int = Field(default=50, ge=1, description="steps between checkpoints")
 
     @pydantic.model_validator(mode="after")

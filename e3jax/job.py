@@ -60,9 +60,13 @@ class Job:
         """Keeps the dense model's parameters no longer; who asks for them again has them read."""
         self.__dict__.pop("params", None)
 
-    def at(self, out: pathlib.Path, seed: int) -> "Job":
-        """The same job in another folder and with another seed; what was read is shared."""
-        other = dataclasses.replace(self, out=out, run=dataclasses.replace(self.run, seed=seed))
+    def having(self, **changes: Any) -> "Job":
+        """The same job with other fields, in another folder for one; what was read is shared, where
+        they do not decide it."""
+        other = dataclasses.replace(self, **changes)
+        before, now = self.run, other.run
+        if (before.data, before.model, before.evaluate) != (now.data, now.model, now.evaluate):
+            return other
         other.__dict__.update({k: v for k, v in self.__dict__.items() if k not in FIELDS})
         return other
 

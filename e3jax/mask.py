@@ -8,6 +8,7 @@ import pathlib
 import pydantic
 
 from e3jax.errors import UserError
+from e3jax.files import fingerprint
 from e3jax.hf.families import read_json
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,13 @@ class Mask:
     def chosen_by(self) -> str:
         """The selector in words."""
         return SELECTORS.get(self.selector, f"the selector {self.selector}")
+
+    @property
+    def place(self) -> str:
+        """A file name for the layers removed and what is merged."""
+        gone = "-".join(map(str, sorted(self.order)))
+        merged = f"-merged-{fingerprint(self.merges)[:8]}" if self.merges else ""
+        return f"without-{gone}{merged}"
 
 
 KNOWN = {field.name for field in dataclasses.fields(Mask)}

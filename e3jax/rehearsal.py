@@ -70,6 +70,7 @@ def shorten(run: config.Run, folder: pathlib.Path) -> config.Run:
             protect=(),
             force=(),
             swaps=0,
+            candidates=1,
             steps=2,
             score_every=2,
             checkpoint_every=2,

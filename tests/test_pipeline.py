@@ -93,6 +93,7 @@ def no_work(monkeypatch):
     monkeypatch.setattr(loop, "prefetch", fail)
     monkeypatch.setattr(exact, "generate", fail)
     monkeypatch.setattr("e3jax.evaluate.table.make_figures", fail)
+    monkeypatch.setattr("e3jax.evaluate.table.make_tokens", fail)
     monkeypatch.setattr("e3jax.selectors.similarity.block_influence", fail)
     monkeypatch.setattr("e3jax.selectors.removal.leave_one_out_kl", fail)
 

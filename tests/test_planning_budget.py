@@ -111,9 +111,18 @@ def test_what_the_configuration_changes(small):
     )
     found = budget.make_budget(run, cfg, "bfloat16")
     assert found.importance_tokens == 0
-    assert found.scoring_tokens == (4 + 2) * 7 * 100
+    assert found.scoring_tokens == ((4 + 2) * 7 + run.search.swap_windows) * 100
+    assert found.candidate_tokens == 0
     assert found.teacher_cache_bytes == 1200 * (4 * (4 + 2) + 8)
     assert found.export_bytes == 4 * found.params_after
+
+
+def test_candidates_are_recovered_for_a_while(small):
+    run, cfg = small
+    spec = dataclasses.replace(run.search, candidates=3, candidate_steps=5)
+    found = budget.make_budget(dataclasses.replace(run, search=spec), cfg, "bfloat16")
+    before = budget.make_budget(run, cfg, "bfloat16")
+    assert found.candidate_tokens == 3 * 5 * 2 * 100 == found.tokens - before.tokens
 
 
 @pytest.mark.parametrize(("keep", "count"), [(0.5, 24), (0.75, 36), (24, 24), (1, 1), (47, 47)])

@@ -356,51 +356,6 @@ def test_no_variance_starts_at_zero(value, num_layers, form):
     np.testing.assert_array_equal(theta, np.zeros(num_layers))
 
 
-# --- exchanges at the end
-
-
-def refined(tries: int, seed: int = 0):
-    """Refines random logits of 7 layers, 4 kept, 0 protected, 6 forced, by random scores."""
-    rng = np.random.default_rng(seed)
-    values, asked = {}, []
-
-    def score(kept) -> float:
-        asked.append(tuple(np.flatnonzero(kept)))
-        return values.setdefault(asked[-1], rng.random())
-
-    protect, force = np.arange(7) == 0, np.arange(7) == 6
-    theta = rng.normal(size=7).astype(np.float32)
-    fixed = {"keep": 4, "protect_l": protect, "force_l": force}
-    start = gumbel.answer(theta, 4, protect, force)
-    first = score(start)
-    found, kl, used = search.refine(theta, first, score, **fixed, tries=tries)
-    kept = set(np.flatnonzero(gumbel.answer(found, 4, protect, force)).tolist())
-    return first, kl, used, kept, asked, values
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_exchanges_end_where_none_helps(seed):
-    first, kl, used, kept, asked, values = refined(1000, seed)
-    assert kl == values[tuple(sorted(kept))] <= first
-    assert len(kept) == 4 and 0 in kept and 6 not in kept
-    for out in kept - {0}:
-        for new in set(range(1, 6)) - kept:
-            assert values[tuple(sorted(kept - {out} | {new}))] >= kl
-    assert used == len(asked) - 1 == len(set(asked)) - 1  # no answer is scored twice
-
-
-def test_exchanges_are_the_nearest_in_theta_and_no_more_than_asked():
-    whole = refined(1000)[4]
-    assert len(whole) > 4
-    for tries in (0, 1, 3):
-        first, kl, used, _, asked, values = refined(tries)
-        assert used == tries and asked == whole[: tries + 1]
-        assert kl == min(values.values()) <= first
-
-
-# --- validation
-
-
 @pytest.mark.parametrize(
     "keep,layers,count", [(18, 24, 18), (0.75, 24, 18), (0.5, 5, 2), (1, 2, 1)]
 )

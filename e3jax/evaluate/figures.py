@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e3jax import mesh, notice
+from e3jax import mesh, notice, processes
 from e3jax.distill import losses
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
@@ -25,12 +25,13 @@ class Figures:
     kl: float  # KL(dense || model), nats a token; without a teacher KL from the data
     agreement: float  # share of tokens where both models' most likely token is the same
     tokens: int
+    windows: tuple[tuple[float, float], ...] = ()  # KL and tokens of each, sums
 
 
 def make_figures(
     cfg: ModelConfig, student_cfg: ModelConfig, *, dtype: Any, chunk: int, temperature: float = 1.0
 ) -> Callable[..., Figures]:
-    """(dense params, student params, numpy batches, keep=None) -> Figures.
+    """(dense params, student params, numpy batches, keep=None, each_window=False) -> Figures.
 
     With `keep` the student is those layers of its parameters, chosen by gates: one compilation
     serves every mask, and equals the sliced model exactly.
@@ -45,7 +46,7 @@ def make_figures(
         batch: Batch,
         stored: losses.TopK | None,
         gates_l: jax.Array,
-    ) -> losses.Sums:
+    ) -> tuple[losses.Sums, tuple[jax.Array, jax.Array]]:
         known: losses.Online | losses.TopK | None = stored
         if dense is not None:
             h_dense = decoder.hidden(dense, batch, cfg, dtype=dtype, remat="none")
@@ -60,21 +61,26 @@ def make_figures(
             known,
             losses.Objective(chunk=chunk, temperature=temperature),
         )
-        return jax.tree.map(jnp.sum, sums)
+        return jax.tree.map(jnp.sum, sums), (sums.kl, sums.tokens)
 
     def figures(
         dense: Params | None,
         student: Params,
         batches: Iterable[Batch | tuple[Batch, losses.TopK | None]],
         keep: Sequence[int] | None = None,
+        *,
+        each_window: bool = False,
     ) -> Figures:
         gates = np.ones(student_cfg.num_layers, np.float32)
         if keep is not None:
             gates[np.setdiff1d(np.arange(len(gates)), keep)] = 0.0
         nll = kl = agree = tokens = 0.0
+        windows: list[tuple[float, float]] = []
         for batch in over("batches measured", notice.interruptible(batches)):
             rows_and_stored = batch if isinstance(batch, tuple) else (batch, None)
-            part = sums(dense, student, *mesh.shard_batch(rows_and_stored), gates)
+            part, rows = sums(dense, student, *mesh.shard_batch(rows_and_stored), gates)
+            if each_window:
+                windows += zip(*(processes.whole(x).tolist() for x in rows), strict=True)
             nll, kl = nll + float(part.nll), kl + float(part.kl)
             agree, tokens = agree + float(part.agree), tokens + float(part.tokens)
         count = max(tokens, 1.0)
@@ -83,6 +89,7 @@ def make_figures(
             kl=kl / count,
             agreement=agree / count,
             tokens=int(tokens),
+            windows=tuple(windows),
         )
 
     return figures

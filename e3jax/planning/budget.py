@@ -23,6 +23,7 @@ class Budget:
     importance_tokens: int
     search_tokens: int
     scoring_tokens: int
+    candidate_tokens: int
     distill_tokens: int
     teacher_cache_bytes: int
     checkpoint_bytes: int
@@ -32,7 +33,11 @@ class Budget:
     @property
     def tokens(self) -> int:
         return (
-            self.importance_tokens + self.search_tokens + self.scoring_tokens + self.distill_tokens
+            self.importance_tokens
+            + self.search_tokens
+            + self.scoring_tokens
+            + self.candidate_tokens
+            + self.distill_tokens
         )
 
 
@@ -48,6 +53,9 @@ def make_budget(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Budget:
     init_passes = {"kl": cfg.num_layers, "shortgpt": 1}.get(search.init, 0)
     after = count_params(cfg.take_layers(range(keep)))
     scores = math.ceil(search.steps / search.score_every) + 1
+    scored = (scores + search.swaps) * search.score_windows
+    scored += bool(search.swaps) * search.swap_windows
+    tried = search.candidates if search.candidates > 1 else 0
     distill_tokens = distill.steps * distill.batch * window
     dtype = source_dtype if run.export.dtype == "source" else run.export.dtype
     return Budget(
@@ -57,7 +65,8 @@ def make_budget(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Budget:
         params_after=after,
         importance_tokens=searched * init_passes * search.init_windows * window,
         search_tokens=searched * (search.steps * search.batch * search.masks_per_window * window),
-        scoring_tokens=searched * (scores + search.swaps) * search.score_windows * window,
+        scoring_tokens=searched * scored * window,
+        candidate_tokens=searched * tried * search.candidate_steps * distill.batch * window,
         distill_tokens=distill_tokens,
         teacher_cache_bytes=estimate_bytes(distill_tokens, distill.top_k)
         if distill.teacher == "cache"
@@ -81,6 +90,7 @@ def describe(counted: Budget) -> str:
         ("importance", f"<= {_si(counted.importance_tokens)} tokens"),
         ("search", f"<= {_si(counted.search_tokens)} tokens"),
         ("held-out scores", f"<= {_si(counted.scoring_tokens)} tokens"),
+        ("candidates", f"<= {_si(counted.candidate_tokens)} tokens, recovered for a while"),
         ("distillation", f"<= {_si(counted.distill_tokens)} tokens"),
         ("in all", f"<= {_si(counted.tokens)} tokens through masked or student models"),
         ("teacher cache", f"{_si(counted.teacher_cache_bytes)}B before compression"),

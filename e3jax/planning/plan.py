@@ -152,6 +152,9 @@ def _stages(
         stage("held-out scores", counted.scoring_tokens, forward(search.score_windows, 2), scores),
         stage("distillation", counted.distill_tokens, distill, recipe.steps),
     ]
+    if counted.candidate_tokens:
+        steps = search.candidates * search.candidate_steps
+        found.insert(3, stage("candidates", counted.candidate_tokens, distill, steps))
     if recipe.teacher == "cache":
         batches = counted.distill_tokens / (micro * window)
         found.insert(3, stage("teacher cache", counted.distill_tokens, forward(micro, 1), batches))
