@@ -10,11 +10,12 @@ node, 0.5 M times instead of the 2.4 M of C(24, 18) sets one by one. Nodes at on
 there are --chunk of them; the deepest go first, so few are in memory.
 One GPU, or a CPU for few layers.
 Writes FOLDER/every.npy (float32, nats a token, in the order of itertools.combinations of the layers
-removed) and FOLDER/best.json.
+removed), which another run takes as it is, and FOLDER/best.json.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import pathlib
 import sys
@@ -42,11 +43,15 @@ def main() -> None:
         dense = job.open_job(run)
         remove = dense.cfg.num_layers - resolve_keep(run.search.keep, dense.cfg.num_layers)
         (batch,) = job.ordered(dense.measured, options.first, options.first)
-        begun = time.monotonic()
-        found = score_all(dense, mesh.shard_batch(batch), remove, options.chunk)
-        print(f"{len(found):,} sets in {time.monotonic() - begun:.0f} s", flush=True)
-        sets = sorted(found)  # as itertools.combinations gives them
-        np.save(options.folder / "every.npy", np.array([found[s] for s in sets], np.float32))
+        sets = list(itertools.combinations(range(dense.cfg.num_layers), remove))
+        kept = options.folder / "every.npy"
+        if kept.exists():
+            found = dict(zip(sets, np.load(kept)))
+        else:
+            begun = time.monotonic()
+            found = score_all(dense, mesh.shard_batch(batch), remove, options.chunk)
+            print(f"{len(found):,} sets in {time.monotonic() - begun:.0f} s", flush=True)
+            np.save(kept, np.array([found[s] for s in sets], np.float32))
         rows = again(dense, found, options)
     (options.folder / "best.json").write_text(json.dumps(rows, indent=1) + "\n")
     for row in rows:

@@ -4,8 +4,8 @@
         --mask runs/demo/search/mask.json \
         --settings "distill.weight=uniform" "distill.weight=student distill.optimizer.lr=1e-3"
 
-The figure is the KL to the dense model on the windows of data.measure (or the test problems), on
-which no recovery trains; differences to the first setting are paired, window by window and seed by
+Or --grid benchmarks/grids/recovery.yaml. The figure is the KL to the dense model on the windows of
+data.measure (or the test problems), on which no recovery trains; differences to the first setting are paired, window by window and seed by
 seed, with the standard error over windows of their means over the seeds. Finished recoveries are
 not made again. Writes FOLDER/results.json.
 """
@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+import yaml  # noqa: E402
 
 from e3jax import configure, job, recovery  # noqa: E402
 from e3jax.evaluate.behaviour import make_tokens  # noqa: E402
@@ -92,10 +93,13 @@ def parse():
     parser.add_argument("--config", required=True)
     parser.add_argument("--folder", required=True, type=pathlib.Path)
     parser.add_argument("--mask", required=True, nargs="+", type=pathlib.Path)
-    parser.add_argument("--settings", nargs="+", required=True, metavar="'KEY=VALUE ...'")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--settings", nargs="+", metavar="'KEY=VALUE ...'")
+    which.add_argument("--grid", type=pathlib.Path, help="a YAML list of them")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
+    options.settings = options.settings or yaml.safe_load(options.grid.read_text())
     options.folder.mkdir(parents=True, exist_ok=True)
     return options
 

@@ -3,8 +3,9 @@
     python benchmarks/search.py --config configs/demo.yaml --folder /tmp/study \
         --settings "search.estimator=mixed" "search.batch=4 search.masks_per_window=4"
 
-The figure is the KL to the dense model of what is left, nothing trained, on the windows of
-data.measure (or the test problems), which no search sees. The curve is the best held-out KL so far
+Or --grid benchmarks/grids/search.yaml. The figure is the KL to the dense model of what is left,
+nothing trained, on the windows of data.measure (or the test problems), which no search sees. The
+curve is the best held-out KL so far
 against what it cost, in millions of tokens that went through the dense model forward: a masked
 model's forward pass counts 1 a token, the backward pass to its gates 1, the dense model's pass 1 a
 window, shared by its masks. Finished searches are not made again. Writes FOLDER/results.json.
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+import yaml  # noqa: E402
 
 from e3jax import choice, configure, job  # noqa: E402
 from e3jax.evaluate.figures import make_figures  # noqa: E402
@@ -100,11 +102,15 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--folder", required=True, type=pathlib.Path)
-    parser.add_argument("--settings", nargs="+", required=True, metavar="'KEY=VALUE ...'")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--settings", nargs="+", metavar="'KEY=VALUE ...'")
+    which.add_argument("--grid", type=pathlib.Path, help="a YAML list of them")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--reach", type=float, nargs="+", default=[], metavar="KL")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.settings = options.settings or yaml.safe_load(options.grid.read_text())
+    return options
 
 
 if __name__ == "__main__":
