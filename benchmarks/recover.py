@@ -43,7 +43,6 @@ def main() -> None:
             first = None
             for setting in options.settings:
                 found = [of(rows, options, dense, mask, setting, seed) for seed in options.seeds]
-                path.write_text(json.dumps(rows) + "\n", encoding="utf-8")
                 first = first or found
                 tell(mask, setting, found, first)
 
@@ -55,6 +54,7 @@ def of(rows, options, dense, mask, setting, seed):
         if name.items() <= row.items():
             return row
     out = options.folder / "now"
+    shutil.rmtree(out, ignore_errors=True)  # of one that was killed
     overrides = [*options.overrides, *setting.split(), f"seed={seed}", f"out={out}"]
     run = configure.load_run(options.config, overrides)
     here = dense.having(out=out, run=run)
@@ -68,6 +68,8 @@ def of(rows, options, dense, mask, setting, seed):
     shutil.rmtree(out)
     spent = {"tokens": run.distill.steps * run.distill.batch * run.data.window, "s": spent}
     rows.append(name | {"kl": found.figures().kl, "windows": found.windows()} | spent)
+    path = options.folder / "results.json"
+    path.write_text(json.dumps(rows) + "\n", encoding="utf-8")
     return rows[-1]
 
 

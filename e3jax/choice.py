@@ -5,6 +5,7 @@ Restartable: called again, it goes on, or returns what it has.
 
 import dataclasses
 import logging
+import math
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
@@ -14,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e3jax import files, job, mesh, processes, recovery
+from e3jax import config, files, job, mesh, processes, recovery
 from e3jax.data.windows import Windows
+from e3jax.errors import Diverged
 from e3jax.evaluate.figures import make_figures
 from e3jax.job import Job
 from e3jax.mask import Mask, read_mask
@@ -40,14 +42,15 @@ def search_mask(job_: Job) -> Mask:
     protect, force = search.fixed_layers(spec, cfg.num_layers)
     fixed = {"keep": keep, "protect_l": protect, "force_l": force}
     decides = dataclasses.asdict(spec)
-    nothing = () if spec.candidates > 1 else ("candidates", "candidate_steps")
-    for key in ("checkpoint_every", "microbatch", *nothing):
+    trials = {key: decides.pop(key) for key in ("candidates", "candidate_steps")}
+    for key in ("checkpoint_every", "microbatch", *(() if spec.swaps else ("swap_windows",))):
         del decides[key]
     inputs = job_.inputs(
         search=decides, train=job_.train.fingerprint, held_out=job_.held_out.fingerprint
     )
+    facts = inputs if spec.candidates == 1 else inputs | {"trials": trials | _trial_recipe(run)}
     path = folder / "mask.json"
-    if (mask := _finished(path, cfg, inputs)) is not None:
+    if (mask := _finished(path, cfg, facts)) is not None:
         log.info("search: finished before; keeping layers %s", list(mask.keep))
         return mask
 
@@ -104,7 +107,7 @@ def search_mask(job_: Job) -> Mask:
     )
     answers, raced = _answers(job_, state, figures, fixed)
     best, tried = answers[0], 0.0
-    if spec.candidates > 1:
+    if spec.candidates > 1 and len(answers) > 1:
         best, tried = _recovered_best(job_, answers[: spec.candidates], fixed)
     kept = gumbel.answer(best.theta, **fixed)
     order = sorted(
@@ -124,7 +127,7 @@ def search_mask(job_: Job) -> Mask:
         teacher_tokens=round((spec.loss == "kl") * searched + scored + raced + tried),
         seed=run.seed,
         checkpoint=job_.identity,
-        config=files.fingerprint(inputs),
+        config=files.fingerprint(facts),
     )
     if processes.is_first():
         files.write_json(path, mask)
@@ -139,14 +142,19 @@ def _answers(
     exchanges: every answer that was scored."""
     spec, theta = job_.run.search, np.asarray(state.best_theta)
     if not spec.swaps:
-        scored = [x for x in read_metrics(job_.out / "search") if "held_out_kl" in x]
-        found = [Measured(np.array(x["theta"], np.float32), x["held_out_kl"]) for x in scored]
-        found = [Measured(theta, float(state.best_kl)), *sorted(found, key=lambda x: x.kl)]
+        lines = processes.from_first(lambda: read_metrics(job_.out / "search"))
+        scored = [x for x in lines if "held_out_kl" in x]
+        found = [
+            Measured(np.array(x["theta"], np.float32), exchange.finite(x["held_out_kl"]))
+            for x in scored
+        ]
+        best = Measured(theta, float(state.best_kl))
+        found = [best, *sorted(found, key=lambda x: x.kl)]
         first = {gumbel.answer(x.theta, **fixed).tobytes(): x for x in reversed(found)}
-        return sorted(first.values(), key=lambda x: x.kl), 0.0
+        return sorted(first.values(), key=lambda x: (x is not best, x.kl)), 0.0
     windows = min(spec.swap_windows, len(job_.held_out))
-    rows = job.rows_per_batch(min(RACE, windows))
-    batches = list(job.ordered(job_.held_out, RACE, windows))
+    rows = job.rows_per_batch(min(RACE, spec.together, windows))
+    batches = list(job.ordered(job_.held_out, rows, windows))
     known: dict[bytes, list[tuple[float, float]]] = {}
     spent = 0.0
 
@@ -162,37 +170,51 @@ def _answers(
         kl, tokens = zip(*seen[part], strict=True)
         return sum(kl), sum(tokens)
 
-    count, budget = -(-windows // RACE), spec.swaps * spec.score_windows // RACE
+    count = -(-windows // RACE)
+    budget = -(-spec.swaps * spec.score_windows // min(RACE, windows))
     return exchange.refine(theta, score, batches=count, budget=budget, **fixed), spent
+
+
+def _trial_recipe(run: config.Run) -> dict[str, Any]:
+    """What of a candidate's recovery decides its result."""
+    fields = dataclasses.asdict(run.distill)
+    for key in (*recovery.NO_RESULT, "steps", "evaluate_every"):
+        fields.pop(key, None)
+    return {"recipe": fields, "windows": run.search.swap_windows}
 
 
 def _recovered_best(
     job_: Job, answers: Sequence[Measured], fixed: dict[str, Any]
 ) -> tuple[Measured, float]:
     """The answer that has the least held-out KL after a short recovery; and the tokens of all those
-    recoveries. The teacher is in the step, whatever the run's own recovery has."""
-    steps, layers = job_.run.search.candidate_steps, range(job_.cfg.num_layers)
-    recipe = dataclasses.replace(
-        job_.run.distill, mask=None, teacher="online", steps=steps, evaluate_every=steps
-    )
+    recoveries."""
+    spec, layers = job_.run.search, range(job_.cfg.num_layers)
+    steps = spec.candidate_steps
+    recipe = dataclasses.replace(job_.run.distill, mask=None, steps=steps, evaluate_every=steps)
     folder, found = job_.out / "search" / "candidates", []
     here = job_.having(out=folder, run=dataclasses.replace(job_.run, distill=recipe))
+    held_out = job_.held_out.first(spec.swap_windows)
+    scored = float(2 * np.count_nonzero(held_out.segments))  # before the first step, after the last
     for answer in answers:
         keep = tuple(np.flatnonzero(gumbel.answer(answer.theta, **fixed)).tolist())
         mask = Mask(len(layers), keep, order=tuple(i for i in layers if i not in keep))
         place = folder / mask.place
 
         def measure(mask: Mask = mask, place: pathlib.Path = place) -> dict[str, float]:
-            recovery.recover(here, mask, place)
-            lines = read_metrics(place)
-            kl = [line["held_out_kl"] for line in lines if "held_out_kl" in line][-1]
-            return {"kl": kl, "tokens": sum(line.get("tokens", 0.0) for line in lines)}
+            try:
+                recovery.recover(here, mask, place, held_out)
+            except Diverged as error:  # one candidate less
+                log.warning("search: without %s: not recovered: %s", list(mask.order), error)
+            lines = processes.from_first(lambda: read_metrics(place))
+            kl = [x["held_out_kl"] for x in lines if x["step"] == steps and "held_out_kl" in x]
+            tokens = scored + sum(line.get("tokens", 0.0) for line in lines)
+            return {"kl": exchange.finite(kl[-1]) if kl else math.inf, "tokens": tokens}
 
         facts = here.inputs(
             keep=keep,
             recipe=recipe,
             train=job_.train.fingerprint,
-            held_out=job_.held_out.fingerprint,
+            held_out=held_out.fingerprint,
         )
         found.append(job.once(place.with_suffix(".json"), facts, measure))
         if processes.is_first():

@@ -362,3 +362,12 @@ class Run:
     export: Export = Field(default=Export(), description="safetensors out")
     evaluate: Evaluate = Field(default=Evaluate(), description="figures")
     compare: Compare = Field(default=Compare(), description="selectors (the `compare` command)")
+
+    @pydantic.model_validator(mode="after")
+    def _teacher_of_candidates(self) -> "Run":
+        if self.search.candidates > 1 and self.distill.teacher != "online":
+            raise ValueError(
+                f"search.candidates={self.search.candidates} recovers them with the teacher in the "
+                f"step: it needs distill.teacher=online, not {self.distill.teacher}"
+            )
+        return self

@@ -179,7 +179,7 @@ def check_batches(run: config.Run, command: str) -> None:
     if run.distill.mask is None or command == "search":
         mesh.check_shared("search.batch", run.search.batch)
         mesh.check_shared("search.microbatch", run.search.together)
-    if command == "search":
+    if command == "search" and run.search.candidates == 1:
         return
     mesh.check_shared("distill.batch", run.distill.batch)
     mesh.check_shared("distill.microbatch", run.distill.together)
@@ -278,12 +278,7 @@ def ordered_arrays(
 ) -> Iterator[dict[str, np.ndarray]]:
     """The same with the windows' numbers as `index`."""
     if limit is not None:
-        windows = dataclasses.replace(
-            windows,
-            tokens=windows.tokens[:limit],
-            segments=windows.segments[:limit],
-            loss=windows.loss[:limit],
-        )
+        windows = windows.first(limit)
     batch = rows_per_batch(min(batch, len(windows)))
     return data_batches.ordered_batches(windows, batch, rows=mesh.rows_here(batch))
 

@@ -196,10 +196,9 @@ def run_all(job_: Job) -> None:
     outputs.export(job_, mask, student, job_.out / "export", recovered=True, rows=rows)
     _draw(job_, mask)
     print(table.render(rows))
-    print(
-        f"\npruned and recovered: {job_.out}/export   pictures: {job_.out}/plots   "
-        f"answers side by side: {job_.out}/evaluate/samples.md"
-    )
+    print(f"\npruned and recovered: {job_.out}/export   pictures: {job_.out}/plots")
+    if rows[0].problems:
+        print(f"answers side by side: {job_.out}/evaluate/samples.md")
 
 
 def compare(job_: Job) -> None:

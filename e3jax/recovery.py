@@ -25,6 +25,8 @@ from e3jax.training.optim import make_optimizer
 
 log = logging.getLogger(__name__)
 
+# Of a recipe: places, and what another mesh may need to be another; no result but for rounding.
+NO_RESULT = ("checkpoint_every", "cache", "mask", "microbatch", "chunk")
 CALIBRATION_WINDOWS = 64  # whose mean teacher entropy is the H of the token weights
 
 
@@ -34,8 +36,11 @@ def survivors(params: Params, mask: Mask) -> Params:
     return decoder.take_layers(whole, mask.keep)
 
 
-def recover(job_: Job, mask: Mask, folder: pathlib.Path) -> Params:
-    """Stage 2: the student of a mask, distilled from the dense model; float32 parameters."""
+def recover(job_: Job, mask: Mask, folder: pathlib.Path, held_out: Windows | None = None) -> Params:
+    """Stage 2: the student of a mask, distilled from the dense model; float32 parameters.
+
+    held_out: the windows of its held-out figures, instead of the configuration's.
+    """
     run, recipe = job_.run, job_.run.distill
     stored = teaching.stored_teacher(job_) if recipe.teacher == "cache" else None
 
@@ -75,7 +80,7 @@ def recover(job_: Job, mask: Mask, folder: pathlib.Path) -> Params:
         make_params=start,
         teacher=(lambda: job_.params, job_.cfg) if stored is None else None,
         train=job_.train,
-        held_out=job_.held_out,
+        held_out=held_out or job_.held_out,
         inputs=job_.inputs(keep=mask.keep, **({"merges": mask.merges} if mask.merges else {})),
         folder=folder,
         mean_entropy=mean_entropy,
@@ -149,8 +154,7 @@ def train_student(
         return arrays
 
     decides = dataclasses.asdict(recipe)
-    # Places, and what another mesh may need to be another: no result but for rounding.
-    for key in ("checkpoint_every", "cache", "mask", "microbatch", "chunk"):
+    for key in NO_RESULT:
         del decides[key]
     state = fit(
         name,

@@ -96,7 +96,7 @@ def play(job_: Job, command: str, run: config.Run, folder: pathlib.Path) -> None
     mask = Mask(num_layers=2, keep=(0,), order=(1,))
     if run.distill.mask is None or command == "search":
         mask = choice.search_mask(two)
-    if command == "search":
+    if command == "search" and job_.run.search.candidates == 1:
         return
     student = recovery.recover(two, mask, folder / "distill")
     if command in ("run", "evaluate", "compare"):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from e3jax import cli, files, recovery
+from e3jax.errors import Diverged
 from e3jax.hf.export import export_new
 from e3jax.models import decoder
 from e3jax.training import loop
@@ -70,8 +71,48 @@ def test_the_best_candidate_after_a_short_recovery_is_chosen(place, monkeypatch,
     (folder / f"{best}.json").unlink()
     made = []
     real = recovery.recover
-    monkeypatch.setattr(recovery, "recover", lambda *x: made.append(x[-1].name) or real(*x))
+    monkeypatch.setattr(recovery, "recover", lambda *x: made.append(x[2].name) or real(*x))
     assert searched(place, "tried", *tried) == mask
     assert made == [best]  # the other candidates were kept
     monkeypatch.setattr(loop, "prefetch", fail)
     assert searched(place, "tried", *tried) == mask
+
+
+def test_a_candidate_that_diverges_is_not_chosen(place, monkeypatch):
+    moving = ("search.init=random", "search.steps=6", "search.score_every=1", "search.lr=3")
+    real, names = recovery.recover, []
+
+    def diverge(job_, mask, folder, *more):
+        names.append(folder.name)
+        if len(names) == 1:
+            raise Diverged("planted")
+        return real(job_, mask, folder, *more)
+
+    monkeypatch.setattr(recovery, "recover", diverge)
+    tried = ("search.candidates=2", "search.candidate_steps=2")
+    mask = searched(place, "diverged", *tried, *moving)
+    assert names[1] == "without-" + "-".join(map(str, sorted(mask["order"])))
+
+
+def test_candidates_and_their_recipe_decide_the_mask_not_the_search(place, monkeypatch):
+    """The search itself is not made again for another recovery of its candidates."""
+    moving = ("search.init=random", "search.steps=6", "search.score_every=1", "search.lr=3")
+    searched(place, "recipe", *moving)
+
+    def fail(*_, **__):
+        raise AssertionError("the search was made again")
+
+    monkeypatch.setattr("e3jax.search.gumbel.sample", fail)
+    tried = ("search.candidates=2", "search.candidate_steps=1", "distill.optimizer.lr=1e-4")
+    one = searched(place, "recipe", *moving, *tried)
+    two = searched(place, "recipe", *moving, *tried[:2], "distill.optimizer.lr=1e-2")
+    assert one["config"] != two["config"]
+
+
+def test_candidates_need_the_teacher_in_the_step(place, capsys):
+    command = ["search", "--config", str(place / "run.yaml"), f"out={place}/refused"]
+    assert cli.main([*command, "search.candidates=2", "distill.teacher=cache"]) == 2
+    assert "needs distill.teacher=online, not cache" in capsys.readouterr().err
+    assert cli.main([*command, "search.candidates=2", "distill.batch=3", "mesh.data=8"]) == 2
+    assert "distill.batch=3" in capsys.readouterr().err
+    assert not (place / "refused" / "search").exists()

@@ -155,25 +155,6 @@ def test_observe_sees_the_residual_stream_around_every_layer():
     np.testing.assert_allclose(end, norm, atol=1e-5)
 
 
-@pytest.mark.parametrize("tap", [0, 1, 2, 3])
-def test_the_dense_model_goes_on_from_a_tapped_masked_one(tap):
-    """That removes the layer tapped. Layers before are not run: their weights are not numbers."""
-    params, batch = jax.tree.map(jnp.asarray, hot_params()), packed_batch(rows=2)
-    first = decoder.first_layer(params, batch, CFG, dtype=jnp.float32)
-    gates = jnp.ones((2, 4)).at[0, tap].set(0).at[1, 0].set(0)
-    _, tapped = decoder.hidden(
-        params, batch, CFG, dtype=jnp.float32, gates_bl=gates, first=first, remat="layer",
-        tap_b=jnp.array([tap, 0]),
-    )  # fmt: skip
-    dense = np.asarray(decoder.hidden(params, batch, CFG, dtype=jnp.float32))
-    for row, done in enumerate((tap + 1, 1)):
-        layers = jax.tree.map(lambda w, done=done: w.at[:done].set(jnp.nan), params["layers"])
-        h = decoder.resume(
-            params | {"layers": layers}, batch, CFG, tapped, jnp.int32(done), dtype=jnp.float32
-        )
-        np.testing.assert_allclose(h[row], dense[row], atol=1e-5)
-
-
 # ---------------------------------------------------------------- sizes and the start
 
 

@@ -97,3 +97,26 @@ def test_noise_seldom_hides_the_best():
         found, _, values = refined(1000, seed, noise=0.03, batches=25)
         near += values[kept(found[0])] <= 1.01 * min(values.values())
     assert near >= 36
+
+
+def test_an_answer_that_overflows_is_the_worst():
+    theta = np.arange(7, 0, -1.0)
+    for bad_start in (False, True):
+        asked = []
+
+        def score(kept, number, asked=asked, bad_start=bad_start):
+            name = tuple(np.flatnonzero(kept).tolist())
+            asked.append(name)
+            bad = (name == asked[0]) == bad_start
+            return (np.nan if bad else 1.0), 1.0
+
+        found = exchange.refine(theta, score, batches=2, budget=20, **FIXED)
+        assert found[0].kl == 1.0 and (kept(found[0]) == asked[0]) != bad_start
+
+
+def test_layers_that_theta_cannot_tell_apart_change_places_too():
+    """The answer is that of the ties, which go to the lower layers."""
+    score = lambda kept, number: (0.1 if kept[5] else 1.0, 1.0)
+    found = exchange.refine(np.zeros(7), score, batches=1, budget=50, **FIXED)
+    assert found[0].kl == 0.1 and 5 in kept(found[0])
+    assert any(kept(x) == (0, 1, 2, 3) for x in found)

@@ -136,23 +136,6 @@ def test_the_dense_model_may_start_at_a_layer_of_each_row(masks, monkeypatch):
     assert metrics == pytest.approx(want_metrics, rel=1e-4)
 
 
-def test_shared_layers_end_with_the_first_removed():
-    """Windows in parts of two run the layers of that which shares least: 0 with 2, 1 with 3."""
-    gates = np.ones((4, 2, 4), np.float32)
-    for window, mask, layer in [(0, 0, 2), (0, 1, 0), (1, 0, 1), (1, 1, 3), (2, 0, 0), (2, 1, 1)]:
-        gates[window, mask, layer] = 0
-    tokens = prefix.PART_TOKENS
-    alone = [[3, 1], [2, 4], [1, 2], [4, 4]]
-    assert prefix.shared_layers(gates, tokens).tolist() == alone
-    in_twos = [[2, 1], [2, 4], [1, 2], [4, 4]]
-    assert prefix.shared_layers(gates, tokens // 2).tolist() == in_twos
-    all_together = [[2, 1], [2, 2], [1, 2], [2, 2]]
-    assert prefix.shared_layers(gates, tokens // 4).tolist() == all_together
-    with set_mesh(2, 1, 1):
-        found = jax.jit(lambda x: prefix.shared_layers(x, tokens))(mesh.shard_batch(gates))
-        assert found.tolist() == all_together
-
-
 @pytest.mark.parametrize("relaxation,masks", [("threshold", "row"), ("khot", "batch")])
 def test_straight_through_step_is_the_gradient_of_multiplied_gates(relaxation, masks):
     """Normalised, the first gradient is a sign; its size is in the running scale."""

@@ -50,6 +50,18 @@ class Windows:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def first(self, count: int) -> "Windows":
+        """The first `count` of them, or all."""
+        if count >= len(self):
+            return self
+        return Windows(
+            tokens=self.tokens[:count],
+            segments=self.segments[:count],
+            loss=self.loss[:count],
+            meta=self.meta,
+            fingerprint=f"{self.fingerprint}/first {count}",
+        )
+
     @functools.cached_property
     def documents(self) -> int:
         """How many a window has at most."""

@@ -20,7 +20,7 @@ from e3jax import mesh
 from e3jax.models import recompute, rope
 from e3jax.models.attention import Attend, make_attention, precision
 from e3jax.models.config import ModelConfig
-from e3jax.models.gate import apply_gate, choose_rows
+from e3jax.models.gate import apply_gate
 from e3jax.models.norm import norm_rotate, rms_norm
 from e3jax.models.params import Leaf, Params, param_table
 from e3jax.models.params import count_params as count_params
@@ -221,16 +221,6 @@ def window_kinds(cfg: ModelConfig) -> tuple[tuple[int | None, ...], tuple[int, .
     return kinds, tuple(kinds.index(window) for window in cfg.windows)
 
 
-def first_layer(
-    params: Params, batch: Batch, cfg: ModelConfig, *, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Residual stream [B, T, D] into and out of layer 0: of all masked models what the dense one's
-    are. What `hidden` makes of them has no gradient below layer 0's gate."""
-    h = embed(params, batch.tokens, dtype)
-    apply = applier(batch, cfg, dtype)
-    return h, apply(weights_of(params, 0), h, 0)
-
-
 def hidden(
     params: Params,
     batch: Batch,
@@ -239,8 +229,6 @@ def hidden(
     dtype: Any,
     gates_bl: jax.Array | None = None,
     layer_ids: jax.Array | None = None,
-    first: tuple[jax.Array, jax.Array] | None = None,
-    tap_b: jax.Array | None = None,
     remat: str = "layer",
     observe: Callable[[jax.Array, jax.Array], Any] | None = None,
 ) -> Any:
@@ -249,63 +237,33 @@ def hidden(
     gates_bl: float32 [B, L] of 0 and 1, a mask a row; a gate of 0 skips the layer exactly, and the
       gradient reaches every gate (see gate.py).
     layer_ids: int32 [K]: run only these layers, in this order, without copying their weights.
-    first: what `first_layer` gave for this batch; layer 0 is not run again.
-    tap_b: int32 [B], with `first`: then the result is a pair (hidden states, residual stream
-      [B, T, D] out of layer tap_b of each row, before its gate, without gradient), see `resume`.
     remat: what backward recomputes, see recompute.py: "layer" each layer from its input, "none"
       nothing, "selective" and "elementwise" what is cheap for the memory it would take.
     observe: statistics of (residual stream into, out of) each layer; then the result is a pair
       (hidden states, statistics stacked on axis 0). Layer outputs are before the final norm.
     """
-    assert layer_ids is None or (gates_bl is None and first is None), "those are of the whole stack"
+    assert layer_ids is None or gates_bl is None, "gates are of the whole stack"
     apply = applier(batch, cfg, dtype)
 
     def body(h: jax.Array, xs: tuple) -> tuple[jax.Array, Any]:
         w, index, gate_b = xs
-        if w is None:
-            w = weights_of(params, index)
-        y = apply(w, h, index)
-        seen = y if observe is None else observe(h, y)
-        return (y if gate_b is None else apply_gate(h, y, gate_b)), seen
+        y = apply(weights_of(params, index) if w is None else w, h, index)
+        stats = None if observe is None else observe(h, y)
+        return (y if gate_b is None else apply_gate(h, y, gate_b)), stats
 
-    body = recompute.checkpoint(body, remat)
-
-    def step(carry: tuple[jax.Array, Any], xs: tuple) -> tuple[tuple[jax.Array, Any], Any]:
-        h, tapped = carry
-        h, seen = body(h, xs)
-        if tap_b is not None:
-            tapped = choose_rows(xs[1] <= tap_b, jax.lax.stop_gradient(seen), tapped)
-        return (h, tapped), None if observe is None else seen
-
-    gates_lb = None if gates_bl is None else gates_bl.T
-    layers, ids, tapped = params["layers"], jnp.arange(cfg.num_layers), None
-    if first is not None:
-        h = first[1] if gates_lb is None else apply_gate(*first, gates_lb[0])
-        layers, ids, gates_lb = None, ids[1:], None if gates_lb is None else gates_lb[1:]
-        tapped = None if tap_b is None else first[1]
-    else:
-        h = embed(params, batch.tokens, dtype)
-        if layer_ids is not None:
-            layers, ids = None, jnp.asarray(layer_ids, jnp.int32)
-    (h, tapped), stats = jax.lax.scan(step, (h, tapped), (layers, ids, gates_lb))
-    h = rms_norm(h, params["final_norm"], cfg.norm_eps)
-    if tap_b is not None:
-        return h, tapped
+    layers, ids = params["layers"], jnp.arange(cfg.num_layers)
+    if layer_ids is not None:
+        layers, ids = None, jnp.asarray(layer_ids, jnp.int32)
+    xs = layers, ids, None if gates_bl is None else gates_bl.T
+    h = embed(params, batch.tokens, dtype)
+    h, stats = jax.lax.scan(recompute.checkpoint(body, remat), h, xs)
+    h = last_norm(params, h, cfg)
     return h if observe is None else (h, stats)
 
 
-def resume(
-    params: Params, batch: Batch, cfg: ModelConfig, h_btd: jax.Array, done: jax.Array, *, dtype: Any
-) -> jax.Array:
-    """Final hidden states of the dense model, from the residual stream after its first `done`
-    layers (int32 scalar). Not differentiable."""
-    apply = applier(batch, cfg, dtype)
-
-    def body(index: jax.Array, h: jax.Array) -> jax.Array:
-        return apply(weights_of(params, index), h, index)
-
-    h = jax.lax.fori_loop(done, cfg.num_layers, body, h_btd)
-    return rms_norm(h, params["final_norm"], cfg.norm_eps)
+def last_norm(params: Params, h_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """The residual stream after all layers -> what the head reads."""
+    return rms_norm(h_btd, params["final_norm"], cfg.norm_eps)
 
 
 def applier(

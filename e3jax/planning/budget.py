@@ -55,7 +55,10 @@ def make_budget(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Budget:
     scores = math.ceil(search.steps / search.score_every) + 1
     scored = (scores + search.swaps) * search.score_windows
     scored += bool(search.swaps) * search.swap_windows
-    tried = search.candidates if search.candidates > 1 else 0
+    tried = 0
+    if search.candidates > 1:  # each is scored before its first step and after its last
+        steps = search.candidate_steps * distill.batch
+        tried = search.candidates * (steps + 2 * search.swap_windows)
     distill_tokens = distill.steps * distill.batch * window
     dtype = source_dtype if run.export.dtype == "source" else run.export.dtype
     return Budget(
@@ -66,7 +69,7 @@ def make_budget(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Budget:
         importance_tokens=searched * init_passes * search.init_windows * window,
         search_tokens=searched * (search.steps * search.batch * search.masks_per_window * window),
         scoring_tokens=searched * scored * window,
-        candidate_tokens=searched * tried * search.candidate_steps * distill.batch * window,
+        candidate_tokens=searched * tried * window,
         distill_tokens=distill_tokens,
         teacher_cache_bytes=estimate_bytes(distill_tokens, distill.top_k)
         if distill.teacher == "cache"

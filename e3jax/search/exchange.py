@@ -5,6 +5,7 @@ nearly as good as the answer take all windows, and no fewer would tell. So each 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -19,7 +20,7 @@ class Measured:
     """An answer that was measured on all batches."""
 
     theta: np.ndarray  # float32 [L], whose TopK it is
-    kl: float  # nats a token
+    kl: float  # nats a token; inf where it is not finite
 
 
 def refine(
@@ -60,7 +61,7 @@ def refine(
     def answer(theta: np.ndarray) -> np.ndarray:
         return gumbel.answer(theta, keep, protect_l, force_l)
 
-    theta = np.array(theta_l)
+    theta = _ordered(theta_l)
     best = measure(answer(theta), None)
     assert best is not None
     found = [_measured(theta, best)]
@@ -78,7 +79,7 @@ def refine(
             if (parts := measure(answer(trial), best)) is None:
                 continue
             found.append(_measured(trial, parts))
-            if parts[:, 0].sum() < best[:, 0].sum():
+            if found[-1].kl < _measured(theta, best).kl:
                 theta, best, better = trial, parts, True
                 break
     return sorted(found, key=lambda measured: measured.kl)
@@ -86,11 +87,29 @@ def refine(
 
 def _measured(theta: np.ndarray, parts: np.ndarray) -> Measured:
     kl, tokens = parts.sum(axis=0)
-    return Measured(theta.copy(), float(kl / max(tokens, 1.0)))
+    return Measured(theta.copy(), finite(kl / max(tokens, 1.0)))
+
+
+def finite(kl: float) -> float:
+    """What an answer's KL counts as: a masked model that overflows is the worst."""
+    return float(kl) if np.isfinite(kl) else math.inf
+
+
+def _ordered(theta_l: np.ndarray) -> np.ndarray:
+    """The same order of layers without ties, which go to the lower one: equal entries could not
+    change places."""
+    theta = np.array(theta_l)
+    if len(np.unique(theta)) < len(theta):
+        theta[np.argsort(-theta, kind="stable")] = np.arange(len(theta), 0, -1)
+    return theta
 
 
 def _is_worse(parts: np.ndarray, best: np.ndarray) -> bool:
+    if not np.isfinite(best).all():
+        return False
     gap = parts[:, 0] - best[:, 0]
+    if not np.isfinite(gap).all():
+        return True
     error = gap.std(ddof=1) / np.sqrt(len(gap)) if len(gap) > 1 else np.inf
     return bool(gap.mean() > SURE * error)
 

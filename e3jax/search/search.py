@@ -114,21 +114,13 @@ def make_search_step(
     masks = spec.masks_per_window
 
     def sums_fn(params: Params, windows: Batch, gates_wml: jax.Array) -> tuple[jax.Array, Any]:
-        """Loss and sums of the masked models [W * M]; the dense one runs once for a window, from
-        where the masked models leave it."""
-        gates = gates_wml.reshape(-1, cfg.num_layers, out_sharding=mesh.out(("batch", None)))
-        first = decoder.first_layer(params, windows, cfg, dtype=dtype)
-        batch, first = jax.tree.map(lambda x: mesh.repeat_rows(x, masks), (windows, first))
-        masked = functools.partial(decoder.hidden, params, batch, cfg, dtype=dtype, remat=remat)
-        head, teacher = decoder.head(params, cfg), None
-        if spec.loss == "kl":
-            shared_wm = prefix.shared_layers(gates_wml, windows.tokens.shape[1])
-            tap = shared_wm.reshape(-1, out_sharding=mesh.out(("batch",))) - 1
-            h, tapped = masked(gates_bl=gates, first=first, tap_b=tap)
-            dense = prefix.dense_hidden(params, windows, cfg, tapped, shared_wm, dtype=dtype)
-            teacher = losses.Online(dense, head)
-        else:
-            h = masked(gates_bl=gates, first=first)
+        """Loss and sums of the masked models [W * M]; the dense one runs once for a window."""
+        h, dense = prefix.hidden_states(
+            params, windows, cfg, gates_wml, dtype=dtype, remat=remat, dense=spec.loss == "kl"
+        )
+        head = decoder.head(params, cfg)
+        teacher = None if dense is None else losses.Online(dense, head)
+        batch = jax.tree.map(lambda x: mesh.repeat_rows(x, masks), windows)
         return losses.token_sums(
             h, head, batch.targets, batch.mask, teacher, objective, frozen_head=True
         )
