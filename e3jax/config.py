@@ -226,6 +226,12 @@ class Distill:
         default="forward_kl", description="teacher || student and its kin"
     )
     skew: float = Field(default=0.1, gt=0, lt=1, description="lambda of skew_kl")
+    hidden: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the distance between the layers' residual streams and the dense"
+        " model's",
+    )
     temperature: float = Field(
         default=1.0, gt=0, description="distillation temperature T; the loss carries T**2"
     )
@@ -256,6 +262,11 @@ class Distill:
         if self.teacher == "cache" and self.divergence != "forward_kl" and self.tail != "bucket":
             raise ValueError(
                 f"divergence={self.divergence} with a cached teacher needs tail=bucket"
+            )
+        if self.hidden and self.teacher != "online":
+            raise ValueError(
+                f"hidden={self.hidden:g} needs the teacher's layers: teacher=online, not "
+                f"{self.teacher}"
             )
         return self
 

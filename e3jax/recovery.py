@@ -6,7 +6,7 @@ Restartable: called again, it goes on, or returns what it has.
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from e3jax import config, files, job, teaching
@@ -81,6 +81,7 @@ def recover(job_: Job, mask: Mask, folder: pathlib.Path, held_out: Windows | Non
         teacher=(lambda: job_.params, job_.cfg) if stored is None else None,
         train=job_.train,
         held_out=held_out or job_.held_out,
+        keep=mask.keep,
         inputs=job_.inputs(keep=mask.keep, **({"merges": mask.merges} if mask.merges else {})),
         folder=folder,
         mean_entropy=mean_entropy,
@@ -100,13 +101,15 @@ def train_student(
     held_out: Windows,
     inputs: dict[str, Any],
     folder: pathlib.Path,
+    keep: Sequence[int] | None = None,
     mean_entropy: float = 1.0,
     stored: teaching.Stored | None = None,
 ) -> Params:
     """Trains parameters by a recipe and returns them in float32. The teacher, if any, is frozen.
 
     make_params: those to begin with, in any dtype; on a restart nobody asks for them. Those of the
-      teacher are asked for at the first step. stored: the teacher instead, for `teacher: cache`.
+      teacher are asked for at the first step. keep: its layers that the student has. stored: the
+      teacher instead, for `teacher: cache`.
     Held-out figures are KL and agreement with the teacher, and perplexity.
     """
     if recipe.batch % recipe.together:
@@ -117,7 +120,13 @@ def train_student(
     optimizer = make_optimizer(recipe.optimizer, recipe.steps)
     frozen, teacher_cfg = teacher if teacher is not None else (None, None)  # called: parameters
     take_step = distill.make_train_step(
-        cfg, recipe, optimizer, teacher_cfg=teacher_cfg, dtype=dtype, remat=run.model.remat
+        cfg,
+        recipe,
+        optimizer,
+        teacher_cfg=teacher_cfg,
+        keep=keep,
+        dtype=dtype,
+        remat=run.model.remat,
     )
     taught = frozen is not None or stored is not None
     figures = make_figures(
@@ -154,7 +163,7 @@ def train_student(
         return arrays
 
     decides = dataclasses.asdict(recipe)
-    for key in NO_RESULT:
+    for key in (*NO_RESULT, *(() if recipe.hidden else ("hidden",))):
         del decides[key]
     state = fit(
         name,

@@ -8,6 +8,7 @@ import pytest
 from e3jax import mesh
 from e3jax.distill import distill
 from e3jax.models import decoder
+from e3jax.training.optim import make_optimizer
 from training_tiny import (
     CFG,
     KEEP,
@@ -199,3 +200,79 @@ def test_no_step_compiles_after_the_first(one_device):
     compiled = step._cache_size()
     run_steps(state, step, teacher, 1, 4)
     assert step._cache_size() == compiled
+
+
+# ---------------------------------------------------------------- the layers' residual streams
+
+
+def hidden_gap(params, teacher, batch):
+    """Sum over loss tokens of the mean over layers of |x - y|^2 / |y|^2, layer by layer:
+    y is what the dense model's next kept layer reads, for the last one what its norm reads."""
+    observe = lambda before, after: (before, after)
+    dense = decoder.hidden(teacher, batch, CFG, dtype=jnp.float32, remat="none", observe=observe)
+    student = decoder.hidden(
+        params, batch, STUDENT, dtype=jnp.float32, remat="none", observe=observe
+    )
+    before, after = dense[1]
+    aims = [*(before[layer] for layer in KEEP[1:]), after[-1]]
+    gaps = [
+        jnp.sum((x - y) ** 2, -1) / jnp.sum(y**2, -1)
+        for x, y in zip(student[1][1], aims, strict=True)
+    ]
+    return jnp.sum(jnp.where(batch.mask, sum(gaps) / len(gaps), 0.0))
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+def test_the_layers_term_is_that_of_the_formula(micro):
+    batch, teacher = random_batch(0), dense_params()
+    student = decoder.take_layers(teacher, KEEP)
+
+    def loss(params):
+        total, weight = dense_loss_sums(params, teacher, batch)
+        return (total + 0.7 * hidden_gap(params, teacher, batch)) / weight
+
+    want = jax.grad(loss)(student)
+    spec = recipe(hidden=0.7, microbatch=micro)
+    found = first_gradient(spec, batch)
+    assert_close(found, want, atol=2e-5)
+    with set_mesh():
+        state, step, placed = make_student(spec)
+        _, out = step(state, placed, mesh.shard_batch(batch), None)
+    gap = hidden_gap(student, teacher, batch) / jnp.sum(batch.mask)
+    assert float(out["hidden"]) == pytest.approx(float(gap), rel=1e-4) and gap > 0.01
+    plain = first_gradient(recipe(), batch)
+    apart = jax.tree.map(lambda a, b: np.abs(a - b).max(), found, plain)
+    assert max(jax.tree.leaves(apart)) > 1e-3
+
+
+def test_the_layers_term_on_eight_devices():
+    spec, batch = recipe(hidden=1.0), random_batch(0)
+    results = []
+    for shape in ((1, 1, 1), (2, 2, 2)):
+        with set_mesh(*shape):
+            state, step, teacher = make_student(spec)
+            state, out = step(state, teacher, mesh.shard_batch(batch), None)
+            results.append((jax.device_get(state.params), {k: float(v) for k, v in out.items()}))
+    (one, wanted), (eight, found) = results
+    assert found == pytest.approx(wanted, rel=1e-3)
+    assert_close(eight, one, atol=1e-5)
+
+
+def test_a_student_of_all_layers_is_at_no_distance():
+    keep = range(CFG.num_layers)
+    assert distill.ends(keep, CFG.num_layers).tolist() == list(keep)
+    assert distill.ends((1, 3), 6).tolist() == [2, 5]
+    teacher, batch = dense_params(), random_batch(0)
+    optimizer = make_optimizer(recipe().optimizer, 3)
+    step = distill.make_train_step(
+        CFG, recipe(hidden=1.0), optimizer, teacher_cfg=CFG, keep=keep, dtype=jnp.float32,
+        remat="layer",
+    )  # fmt: skip
+    _, out = step(distill.init_state(teacher, optimizer, 2.0), teacher, batch, None)
+    assert float(out["hidden"]) == 0.0 and abs(float(out["kl"])) < 1e-5
+
+
+def test_the_layers_term_needs_the_teachers_layers():
+    for teacher in ("cache", "none"):
+        with pytest.raises(ValueError, match="needs the teacher's layers"):
+            recipe(hidden=1.0, teacher=teacher)

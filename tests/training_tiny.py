@@ -79,7 +79,7 @@ def _student(spec: config.Distill, _: jax.sharding.Mesh):
     teacher = dense_params()
     student = decoder.take_layers(teacher, KEEP)
     step = distill.make_train_step(
-        STUDENT, spec, optimizer, teacher_cfg=CFG, dtype=jnp.float32, remat="none"
+        STUDENT, spec, optimizer, teacher_cfg=CFG, keep=KEEP, dtype=jnp.float32, remat="none"
     )
     return step, lambda: distill.init_state(student, optimizer, 2.0), teacher
 

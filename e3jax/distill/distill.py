@@ -5,12 +5,14 @@ weights and moments, compute in `dtype`. The teacher is the dense model (online)
 (cache), or nobody (next-token cross-entropy).
 """
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from e3jax import config, mesh
@@ -68,13 +70,15 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     teacher_cfg: ModelConfig | None,
+    keep: Sequence[int] | None = None,
     dtype: Any,
     remat: str,
 ) -> Callable[[TrainState, Params | None, Batch, losses.TopK | None], tuple[TrainState, dict]]:
     """A jitted (state, teacher params, batch, stored teacher) -> (state, metrics) of one step.
 
     cfg: the student's. The teacher's parameters are for `teacher: online`, the stored rows for
-    `cache`; both are None for `none`. Metrics are float32 scalars, averages over tokens.
+    `cache`; both are None for `none`. keep: the teacher's layers that the student has, for
+    `recipe.hidden`. Metrics are float32 scalars, averages over tokens.
     """
     objective = losses.Objective.of(recipe)
     count = recipe.batch // recipe.together
@@ -82,12 +86,26 @@ def make_train_step(
     def step(state: TrainState, teacher: Params | None, batch: Batch, stored: losses.TopK | None):
         def sums_fn(params: Params, micro: tuple[Batch, losses.TopK | None]) -> Any:
             rows, known = micro
+            observe = beside = None
             if recipe.teacher == "online":
                 assert teacher is not None and teacher_cfg is not None
-                h = decoder.hidden(teacher, rows, teacher_cfg, dtype=dtype, remat="none")
+                run = functools.partial(
+                    decoder.hidden, teacher, rows, teacher_cfg, dtype=dtype, remat="none"
+                )
+                if recipe.hidden:
+                    assert keep is not None
+                    h, streams = run(observe=lambda _, after: after)
+                    beside = jax.lax.stop_gradient(streams[ends(keep, teacher_cfg.num_layers)])
+                    observe = functools.partial(apart, mask=rows.mask)
+                else:
+                    h = run()
                 known = losses.Online(jax.lax.stop_gradient(h), decoder.head(teacher, teacher_cfg))
-            return losses.token_sums(
-                decoder.hidden(params, rows, cfg, dtype=dtype, remat=remat),
+            h = decoder.hidden(
+                params, rows, cfg, dtype=dtype, remat=remat, observe=observe, beside=beside
+            )
+            h, gaps = h if observe else (h, jnp.zeros((1, 1)))
+            loss, sums = losses.token_sums(
+                h,
                 decoder.head(params, cfg),
                 rows.targets,
                 rows.mask,
@@ -95,8 +113,11 @@ def make_train_step(
                 objective,
                 state.mean_entropy,
             )
+            gap = jnp.sum(jnp.mean(gaps, axis=0))
+            return loss + recipe.hidden * gap, _StepSums(sums, gap)
 
-        grads, sums = optim.accumulate(sums_fn, state.params, (batch, stored), count)
+        grads, found = optim.accumulate(sums_fn, state.params, (batch, stored), count)
+        sums = found.tokens
         params, opt_state, norm, finite = optim.update(
             optimizer, grads, state.opt_state, state.params
         )
@@ -112,6 +133,8 @@ def make_train_step(
             "tokens": jnp.sum(batch.segments > 0).astype(jnp.float32),
             "skipped": 1.0 - finite,
         }
+        if recipe.hidden:
+            metrics["hidden"] = found.gap / tokens
         state = state.replace(
             step=state.step + 1,
             params=params,
@@ -121,6 +144,33 @@ def make_train_step(
         return state, metrics
 
     return jax.jit(step, donate_argnums=0, compiler_options=recompute.compiler_options())
+
+
+@flax.struct.dataclass
+class _StepSums:
+    """What a micro-batch's tokens add up to."""
+
+    tokens: losses.Sums
+    gap: jax.Array  # `apart`, averaged over the layers
+
+    @property
+    def weight(self) -> jax.Array:
+        """What both are divided by."""
+        return self.tokens.weight
+
+
+def ends(keep: Sequence[int], num_layers: int) -> np.ndarray:
+    """For each layer kept the last of the dense model before the next one kept, int64 [K]: the next
+    one is used to read what comes out of it."""
+    return np.array([*(layer - 1 for layer in keep[1:]), num_layers - 1])
+
+
+def apart(before: jax.Array, after: jax.Array, dense: jax.Array, mask: jax.Array) -> jax.Array:
+    """Squared distance of a layer's residual stream to the dense model's, both [B, T, D], relative
+    to the latter's square: float32 [B], sums over the tokens that carry loss. Ours."""
+    wide, aim = after.astype(jnp.float32), dense.astype(jnp.float32)
+    far = jnp.sum((wide - aim) ** 2, axis=-1) / jnp.maximum(jnp.sum(aim**2, axis=-1), 1e-12)
+    return jnp.sum(jnp.where(mask, far, 0.0), axis=1)
 
 
 def mean_teacher_entropy(

@@ -230,7 +230,8 @@ def hidden(
     gates_bl: jax.Array | None = None,
     layer_ids: jax.Array | None = None,
     remat: str = "layer",
-    observe: Callable[[jax.Array, jax.Array], Any] | None = None,
+    observe: Callable[..., Any] | None = None,
+    beside: Any = None,
 ) -> Any:
     """Final hidden states [B, T, D] in `dtype`, after the last norm: what the head reads.
 
@@ -241,20 +242,21 @@ def hidden(
       nothing, "selective" and "elementwise" what is cheap for the memory it would take.
     observe: statistics of (residual stream into, out of) each layer; then the result is a pair
       (hidden states, statistics stacked on axis 0). Layer outputs are before the final norm.
+    beside: arrays [layers run, …], of which a layer's are a third argument of `observe`.
     """
     assert layer_ids is None or gates_bl is None, "gates are of the whole stack"
     apply = applier(batch, cfg, dtype)
 
     def body(h: jax.Array, xs: tuple) -> tuple[jax.Array, Any]:
-        w, index, gate_b = xs
+        w, index, gate_b, more = xs
         y = apply(weights_of(params, index) if w is None else w, h, index)
-        stats = None if observe is None else observe(h, y)
+        stats = None if observe is None else observe(h, y, *([] if more is None else [more]))
         return (y if gate_b is None else apply_gate(h, y, gate_b)), stats
 
     layers, ids = params["layers"], jnp.arange(cfg.num_layers)
     if layer_ids is not None:
         layers, ids = None, jnp.asarray(layer_ids, jnp.int32)
-    xs = layers, ids, None if gates_bl is None else gates_bl.T
+    xs = layers, ids, None if gates_bl is None else gates_bl.T, beside
     h = embed(params, batch.tokens, dtype)
     h, stats = jax.lax.scan(recompute.checkpoint(body, remat), h, xs)
     h = last_norm(params, h, cfg)

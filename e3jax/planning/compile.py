@@ -122,6 +122,7 @@ def train_inputs(run: config.Run, cfg: ModelConfig, source_dtype: str) -> tuple[
         recipe,
         optimizer,
         teacher_cfg=cfg,
+        keep=range(cfg.num_layers - student.num_layers, cfg.num_layers),  # any, of that many
         dtype=job.DTYPES[run.model.dtype],
         remat=run.model.remat,
     )
