@@ -28,12 +28,13 @@ from e3jax.training.optim import make_optimizer
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """MICROBATCH:REMAT, and what is said of masksM, firstL, cache, dataN and modelN."""
+    """MICROBATCH:REMAT, and what is said of masksM, firstL, hidden, cache, dataN and modelN."""
 
     micro: int = 8  # windows a forward pass
     remat: str = "layer"
     masks: int = 1  # a window
     first: int = 0  # no mask removes a layer before this one
+    hidden: bool = False  # the layers' term
     cache: bool = False  # the teacher's top 10 from a cache on this disk, read ahead
     data: int = 1  # the mesh
     model: int = 1
@@ -106,11 +107,18 @@ def distil_arm(options, arm, dense, rows, stack):
     recipe = config.Distill(
         steps=100, batch=rows, microbatch=min(arm.micro, rows), chunk=options.chunk,
         optimizer=config.Optimizer(lr=LR), teacher="cache" if arm.cache else "online",
+        hidden=30.0 * arm.hidden,
     )  # fmt: skip
     student = dense.take_layers(keep)
     optimizer = make_optimizer(recipe.optimizer, recipe.steps)
     take = distill.make_train_step(
-        student, recipe, optimizer, teacher_cfg=dense, dtype=jnp.bfloat16, remat=arm.remat
+        student,
+        recipe,
+        optimizer,
+        teacher_cfg=dense,
+        keep=keep,
+        dtype=jnp.bfloat16,
+        remat=arm.remat,
     )
     params = decoder.init_params(jax.random.key(0), dense, jnp.bfloat16)
     start = decoder.take_layers(params, keep)

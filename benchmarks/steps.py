@@ -58,7 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--arms",
         nargs="+",
-        help="ours: e3jax:MICROBATCH:REMAT[:masksM][:firstL][:cache][:dataN][:modelN]",
+        help="ours: e3jax:MICROBATCH:REMAT[:masksM][:firstL][:hidden][:cache][:dataN][:modelN]",
     )
     parser.add_argument("--documents", type=int, default=1, help="in each of our rows")
     parser.add_argument("--chunk", type=int, default=4096, help="tokens whose logits exist")
