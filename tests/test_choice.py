@@ -34,6 +34,7 @@ def searched(place, name, *overrides):
     return files.read_json(out / "search" / "mask.json")
 
 
+@pytest.mark.slow
 def test_exchanges_do_not_depend_on_the_devices(place):
     """Eight devices measure eight windows at a time; a race goes on four, and counts those."""
     swaps = ("search.swaps=8", "search.swap_windows=20")
@@ -78,6 +79,7 @@ def test_the_best_candidate_after_a_short_recovery_is_chosen(place, monkeypatch,
     assert searched(place, "tried", *tried) == mask
 
 
+@pytest.mark.slow
 def test_a_candidate_that_diverges_is_not_chosen(place, monkeypatch):
     moving = ("search.init=random", "search.steps=6", "search.score_every=1", "search.lr=3")
     real, names = recovery.recover, []
@@ -94,6 +96,7 @@ def test_a_candidate_that_diverges_is_not_chosen(place, monkeypatch):
     assert names[1] == "without-" + "-".join(map(str, sorted(mask["order"])))
 
 
+@pytest.mark.slow
 def test_candidates_and_their_recipe_decide_the_mask_not_the_search(place, monkeypatch):
     """The search itself is not made again for another recovery of its candidates."""
     moving = ("search.init=random", "search.steps=6", "search.score_every=1", "search.lr=3")

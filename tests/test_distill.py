@@ -245,6 +245,7 @@ def test_the_layers_term_is_that_of_the_formula(micro):
     assert max(jax.tree.leaves(apart)) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_layers_term_on_eight_devices():
     spec, batch = recipe(hidden=1.0), random_batch(0)
     results = []

@@ -160,6 +160,7 @@ def test_a_second_run_in_the_same_teacher_cache_is_refused(configuration, tmp_pa
         assert cli.main(second) == 0
 
 
+@pytest.mark.slow
 def test_signals_in_every_stage(configuration, tmp_path):  # noqa: F811
     """SIGTERM and SIGKILL in the search, the teacher cache and the export (distillation:
     test_restart.py, which compares the bits; so does kill_twenty.py for all of them)."""

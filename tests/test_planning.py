@@ -405,6 +405,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert (out / "run.json").is_file()
 
 
+@pytest.mark.slow
 def test_command_says_what_does_not_fit(tmp_path, capsys, monkeypatch):
     model = write_model(tmp_path / "model")
     where = [f"out={tmp_path}/out", f"model.path={model}", "data.window=64", "search.keep=2"]

@@ -530,6 +530,7 @@ raise SystemExit(cli.main())
 """
 
 
+@pytest.mark.slow
 def test_nan_in_the_batch_of_one_process(place, single):
     """All leave out the same step, and count it."""
     out = place / "nan"

@@ -87,6 +87,7 @@ def test_a_whole_run_is_rehearsed_once(configuration, tmp_path, played, monkeypa
     assert played == [("search", 4), ("recovery", 3)]  # which find their work done
 
 
+@pytest.mark.slow
 def test_each_command_rehearses_what_it_does(configuration, tmp_path, played):
     assert command(configuration, "search", f"out={tmp_path}/a") == 0
     assert played == [("search", 2), ("search", 4)]

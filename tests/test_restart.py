@@ -107,6 +107,7 @@ def final_state(out):
         return checkpoints.load()
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_bits(configuration, whole):
     """Mask, weights, moments and records, after SIGKILL in either stage and SIGTERM."""
     out = configuration.parent / "killed"

@@ -240,6 +240,7 @@ SPECS = {  # those that test_sharded.py has not
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
 def test_eight_devices_give_the_step_of_one(name):
     want, want_metrics = take(SPECS[name])

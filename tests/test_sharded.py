@@ -4,8 +4,8 @@ What differs is the order of float32 sums, a relative 1e-7 an addition. Toleranc
 and figures, which are sums of a few hundred terms that cancel in part; 2e-4 of the greatest entry
 for gradients. Masks drawn, tokens decoded, files written and arrays restored are the same.
 
-Every kind of step runs on every mesh; what differs between estimators, or between the losses of
-stage 2, takes turns, since compiling is all that these tests cost.
+Kinds of steps, estimators and the losses of stage 2 take turns on the meshes, since compiling is
+all that these tests cost; every mesh has a search, a training step and an evaluation.
 """
 
 import dataclasses
@@ -48,7 +48,6 @@ def cases(text):
 EVERY_MESH = cases("""
 1x8x1 odd
 1x4x2 odd
-1x2x4 odd
 2x2x2 odd
 1x2x4 even
 """)
@@ -101,14 +100,10 @@ search_is_the_same = same_as_one_device(search_step, check_search)
 
 @cases("""
 1x8x1 odd mixed
-1x4x2 odd mixed
 1x2x4 odd mixed
-2x2x2 odd mixed
 1x2x4 even mixed
-1x8x1 odd score
-1x2x4 even score
+2x2x2 odd score
 1x4x2 even straight-through
-2x2x2 odd straight-through
 """)
 def test_search_step(sizes, name, case):
     search_is_the_same(sizes, name, case)
@@ -200,17 +195,11 @@ train_is_the_same = same_as_one_device(train_step, check_train)
 
 @cases("""
 1x8x1 odd online
-1x4x2 odd online
 1x2x4 odd online
-2x2x2 odd online
 1x2x4 even online
 1x8x1 even stored
-1x4x2 even stored
 1x2x4 odd stored
-2x2x2 even stored
-1x8x1 odd plain
 1x4x2 even plain
-1x2x4 even plain
 2x2x2 odd plain
 """)
 def test_train_step(sizes, name, case):

@@ -203,6 +203,7 @@ def test_compiles_for_v5p_with_two_kinds_of_windows(tpu_mesh):
     assert not squares(text)
 
 
+@pytest.mark.slow
 def test_compiles_for_v6e(tpu_mesh, monkeypatch):
     cfg = dataclasses.replace(TPU_CFG, head_dim=64, windows=(None,) * 3)
     with jax.set_mesh(tpu_mesh("v6e:2x2")):
