@@ -105,7 +105,7 @@ def test_a_model_is_at_no_distance_from_itself():
     assert (found.kl, found.agreement) == (pytest.approx(0, abs=1e-6), 1.0)
     assert figures(dense, dense, batches, range(4)) == found
     nothing = [b.replace(mask=np.zeros_like(b.mask)) for b in batches[:1]]
-    assert dataclasses.astuple(figures(dense, dense, nothing)) == (1.0, 0.0, 0.0, 0)
+    assert dataclasses.astuple(figures(dense, dense, nothing)) == (1.0, 0.0, 0.0, 0, ())
 
 
 # ---------------------------------------------------------------- exact match

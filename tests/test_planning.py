@@ -296,6 +296,8 @@ def architecture(run, request):
         return families.read_config(facts)
     if run.model.path == "demo":
         return families.read_config(hub.resolve_config("demo"))
+    if run.model.path == "runs/second-train/export":
+        return families.read_config(ROOT / "configs" / "second-model.json")
     return families.read_config(request.getfixturevalue("shared") / "models" / run.model.path)
 
 
