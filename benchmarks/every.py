@@ -14,7 +14,6 @@ removed), which another run takes as it is, and FOLDER/best.json.
 """
 
 import argparse
-import functools
 import itertools
 import json
 import pathlib
@@ -64,7 +63,6 @@ def score_all(dense: job.Job, batch: decoder.Batch, remove: int, chunk: int) -> 
     cfg, params = dense.cfg, jax.tree.map(lambda w: w.astype(jnp.bfloat16), dense.params)
     many = jax.tree.map(lambda x: jnp.concatenate([x] * chunk), batch)
     head, rows = decoder.head(params, cfg), len(batch.tokens)
-    final = functools.partial(decoder.rms_norm, scale=params["final_norm"], eps=cfg.norm_eps)
 
     @jax.jit
     def run_layer(index: jax.Array, *nodes: jax.Array) -> tuple[jax.Array, ...]:
@@ -76,7 +74,7 @@ def score_all(dense: job.Job, batch: decoder.Batch, remove: int, chunk: int) -> 
     @jax.jit
     def score(h_dense: jax.Array, *nodes: jax.Array) -> jax.Array:
         teacher = losses.Online(jnp.concatenate([h_dense] * chunk), head)
-        h = final(jnp.concatenate(nodes))
+        h = decoder.last_norm(params, jnp.concatenate(nodes), cfg)
         objective = losses.Objective(chunk=16384)
         _, sums = losses.token_sums(h, head, many.targets, many.mask, teacher, objective)
         return sums.kl.reshape(chunk, -1).sum(-1) / jnp.sum(batch.mask)

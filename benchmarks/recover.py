@@ -26,6 +26,7 @@ import numpy as np  # noqa: E402
 import yaml  # noqa: E402
 
 from e3jax import configure, job, recovery  # noqa: E402
+from e3jax.comparison import apart  # noqa: E402
 from e3jax.evaluate.behaviour import make_tokens  # noqa: E402
 from e3jax.mask import read_mask  # noqa: E402
 
@@ -75,12 +76,7 @@ def of(rows, options, dense, mask, setting, seed):
 
 def tell(mask, setting, found, first):
     kl = np.array([row["kl"] for row in found])
-    sums = np.array([row["windows"] for row in found])  # [seeds, windows, (KL, tokens)]
-    other = np.array([row["windows"] for row in first])
-    tokens = sums[0, :, 1]
-    gap = (sums[..., 0] - other[..., 0]).mean(0)  # of each window, nats
-    mean = gap.sum() / tokens.sum()
-    error = np.sqrt(np.sum((gap - mean * tokens) ** 2)) / tokens.sum()
+    mean, error = apart(*([row["windows"] for row in rows] for rows in (first, found)))
     ratio = kl.mean() / np.mean([row["kl"] for row in first])
     print(
         f"{mask.parent.name} {setting}: {kl.mean():.5f} +- {kl.std(ddof=len(kl) > 1):.5f}, to the "

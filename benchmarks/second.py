@@ -8,7 +8,7 @@
 Writes into OUT tokenizer/ (byte-level BPE of the texts' first nine tenths and the task's words),
 problems.jsonl.gz and test.jsonl (e3jax/demo/generate.py, longer chains than the bundled model's),
 text.jsonl.gz (paragraphs of the texts' first nine tenths, --times over, in an order of their own
-each time) and text-held-out.jsonl (the last tenth). The same options give the same bytes.
+each time) and text-held-out.jsonl.gz (the last tenth). The same options give the same bytes.
 """
 
 import argparse
@@ -21,9 +21,9 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
-from e3jax.demo.generate import SPECIAL, TOKENS, write_problems  # noqa: E402
+from e3jax.demo.generate import SPECIAL, TOKENS, save_tokenizer, write_problems  # noqa: E402
 
 PARAGRAPH = 400  # characters at least
 
@@ -80,22 +80,7 @@ def write_tokenizer(folder: pathlib.Path, texts: list[str], vocabulary: int) -> 
     )
     words = [f" {word} = {word} ; {word} ? answer :" for word in TOKENS if word not in SPECIAL]
     tokenizer.train_from_iterator([*texts, *words * 100], trainer)
-    bos = tokenizer.token_to_id("<bos>")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", bos)]
-    )
-    folder.mkdir(exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": "<pad>",
-        "bos_token": "<bos>",
-        "eos_token": "<eos>",
-        "unk_token": "<unk>",
-        "model_max_length": 512,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    save_tokenizer(tokenizer, folder)
 
 
 def parse():

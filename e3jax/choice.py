@@ -148,10 +148,10 @@ def _answers(
             Measured(np.array(x["theta"], np.float32), exchange.finite(x["held_out_kl"]))
             for x in scored
         ]
-        best = Measured(theta, float(state.best_kl))
-        found = [best, *sorted(found, key=lambda x: x.kl)]
-        first = {gumbel.answer(x.theta, **fixed).tobytes(): x for x in reversed(found)}
-        return sorted(first.values(), key=lambda x: (x is not best, x.kl)), 0.0
+        best, answers = Measured(theta, float(state.best_kl)), {}
+        for each in [best, *sorted(found, key=lambda x: x.kl)]:
+            answers.setdefault(gumbel.answer(each.theta, **fixed).tobytes(), each)
+        return list(answers.values()), 0.0
     windows = min(spec.swap_windows, len(job_.held_out))
     rows = job.rows_per_batch(min(RACE, spec.together, windows))
     batches = list(job.ordered(job_.held_out, rows, windows))

@@ -25,6 +25,7 @@ import pathlib
 import random
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 from e3jax.errors import UserError
 
@@ -126,15 +127,22 @@ def write_problems(
 
 def write_tokenizer(folder: pathlib.Path) -> None:
     """A word-level Hugging Face tokenizer of TOKENS: splits at spaces, puts <bos> first."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     ids = {token: number for number, token in enumerate(TOKENS)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])]
-    )
     tokenizer.add_special_tokens(list(SPECIAL))
+    save_tokenizer(tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: Any, folder: pathlib.Path) -> None:
+    """A tokenizer that knows SPECIAL as a Hugging Face folder; it puts <bos> first."""
+    from tokenizers import processors
+
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
