@@ -66,9 +66,8 @@ def score_all(dense: job.Job, batch: decoder.Batch, remove: int, chunk: int) -> 
 
     @jax.jit
     def run_layer(index: jax.Array, *nodes: jax.Array) -> tuple[jax.Array, ...]:
-        h = decoder.applier(many, cfg, jnp.bfloat16)(
-            decoder.weights_of(params, index), jnp.concatenate(nodes), index
-        )
+        apply = decoder.by_number(params, cfg, decoder.applier(many, cfg, jnp.bfloat16))
+        h = apply(index, jnp.concatenate(nodes))
         return tuple(h[i * rows : (i + 1) * rows] for i in range(chunk))
 
     @jax.jit

@@ -121,7 +121,7 @@ def distil_arm(options, arm, dense, rows, stack):
         remat=arm.remat,
     )
     params = decoder.init_params(jax.random.key(0), dense, jnp.bfloat16)
-    start = decoder.take_layers(params, keep)
+    start = decoder.take_layers(params, dense, keep)
     if arm.cache:
         del params
         state = distill.init_state(start, optimizer, 11.0)

@@ -68,7 +68,7 @@ def _result(job_: Job, name: str, keep: int, tokens: int) -> Result:
     seconds = _timed(job_, job_.out / name, spec, choose)
     mask = choose()  # read back
     place, bare = mask.place, dataclasses.replace(mask, tokens=0)  # rows may be shared
-    raw = table.measure(job_, f"{place} raw", bare, lambda: recovery.survivors(job_.params, mask))
+    raw = table.measure(job_, f"{place} raw", bare, lambda: recovery.survivors(job_, mask))
     result = Result(
         selector=name,
         seed=job_.run.seed,

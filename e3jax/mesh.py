@@ -23,17 +23,19 @@ AXES = ("replica", "data", "model")
 BATCH = ("replica", "data")
 
 # Logical axis -> mesh axes. FSDP shards the width of every weight over `data`; tensor parallelism
-# shards heads, mlp and vocabulary over `model`; rows of a batch are spread over both data axes.
-# Of key-value heads and the query heads of each (groups), the first that `model` divides takes it:
-# with few key-value heads, queries and outputs are sharded and keys and values replicated.
+# shards heads, mlp, experts and vocabulary over `model`; rows of a batch are spread over both data
+# axes. Of key-value heads and the query heads of each (groups), the first that `model` divides
+# takes it: with few key-value heads, queries and outputs are sharded, keys and values replicated.
 RULES: dict[str, str | tuple[str, ...]] = {
     "batch": BATCH,
     "replica_batch": "replica",
     "device": AXES,
     "embed": "data",
+    "rank": "data",
     "heads": "model",
     "groups": "model",
     "mlp": "model",
+    "experts": "model",
     "vocab": "model",
 }
 
@@ -261,7 +263,7 @@ def scatter(gradient: jax.Array, axes: Sequence[str | None]) -> jax.Array:
 
 
 def _whole(axes: Sequence[str | None], shape: Sequence[int]) -> P:
-    return spec([None if a == "embed" else a for a in axes], shape)
+    return spec([None if a in ("embed", "rank") else a for a in axes], shape)
 
 
 def part_of_stack(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -222,7 +222,7 @@ COMMANDS: dict[str, Callable[[Job], None]] = {
 
 
 def _export_raw(job_: Job, mask: Mask, rows: Sequence[table.Row] = ()) -> None:
-    raw = recovery.survivors(job_.params, mask)
+    raw = recovery.survivors(job_, mask)
     outputs.export(job_, mask, raw, job_.out / "export-raw", recovered=False, rows=rows)
 
 
@@ -284,7 +284,7 @@ def _evaluate(job_: Job, mask: Mask) -> tuple[Params, list[table.Row]]:
 
 def _raw_row(job_: Job, mask: Mask) -> table.Row:
     name = f"{mask.selector} raw"
-    return table.measure(job_, name, mask, lambda: recovery.survivors(job_.params, mask))
+    return table.measure(job_, name, mask, lambda: recovery.survivors(job_, mask))
 
 
 def _recovered_row(job_: Job, student: Params, mask: Mask, stage: str) -> table.Row:
@@ -309,7 +309,7 @@ def train(run: config.Run, out: pathlib.Path) -> None:
 
         def make_params(cfg: ModelConfig) -> Params:
             whole = job_.load()  # kept by nobody else: they are trained in their place
-            return whole if cfg == job_.cfg else decoder.take_layers(whole, rehearsal.TWO)
+            return whole if cfg == job_.cfg else decoder.take_layers(whole, job_.cfg, rehearsal.TWO)
 
     else:
         if spec.tokenizer is None:

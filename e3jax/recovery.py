@@ -30,10 +30,10 @@ NO_RESULT = ("checkpoint_every", "cache", "mask", "microbatch", "chunk")
 CALIBRATION_WINDOWS = 64  # whose mean teacher entropy is the H of the token weights
 
 
-def survivors(params: Params, mask: Mask) -> Params:
+def survivors(job_: Job, mask: Mask) -> Params:
     """The layers that a mask keeps, with what it merges into them."""
-    whole = laco.merge(params, mask.merges) if mask.merges else params
-    return decoder.take_layers(whole, mask.keep)
+    whole = laco.merge(job_.params, mask.merges) if mask.merges else job_.params
+    return decoder.take_layers(whole, job_.cfg, mask.keep)
 
 
 def recover(job_: Job, mask: Mask, folder: pathlib.Path, held_out: Windows | None = None) -> Params:
@@ -67,7 +67,7 @@ def recover(job_: Job, mask: Mask, folder: pathlib.Path, held_out: Windows | Non
         mean_entropy = job.once(job_.out / "distill" / "entropy.json", facts, entropy)
 
     def start() -> Params:
-        params = survivors(job_.params, mask)
+        params = survivors(job_, mask)
         if stored is not None:
             job_.release()
         return params

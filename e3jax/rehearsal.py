@@ -91,7 +91,7 @@ def play(job_: Job, command: str, run: config.Run, folder: pathlib.Path) -> None
         run=run,
         out=folder,
         cfg=job_.cfg.take_layers(TWO),
-        load=lambda: decoder.take_layers(job_.params, TWO),
+        load=lambda: decoder.take_layers(job_.params, job_.cfg, TWO),
     )
     mask = Mask(num_layers=2, keep=(0,), order=(1,))
     if run.distill.mask is None or command == "search":
@@ -100,7 +100,7 @@ def play(job_: Job, command: str, run: config.Run, folder: pathlib.Path) -> None
         return
     student = recovery.recover(two, mask, folder / "distill")
     if command in ("run", "evaluate", "compare"):
-        table.measure(two, "raw", mask, lambda: recovery.survivors(two.params, mask))
+        table.measure(two, "raw", mask, lambda: recovery.survivors(two, mask))
         table.measure_student(two, "recovered", lambda: student, mask, "distill")
     if command in ("run", "export"):
         outputs.export(two, mask, student, folder / "export", recovered=True, transformers=False)

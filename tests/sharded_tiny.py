@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from e3jax.models import decoder
+from e3jax.models.config import Experts, Latent, Rope
 from training_tiny import CFG
 
 MODELS = {
@@ -17,6 +18,16 @@ MODELS = {
     "odd": dataclasses.replace(
         CFG, family="qwen2", num_kv_heads=2, mlp_width=50, vocab_size=97, tied=False, qk_norm=False,
         qkv_bias=True,
+    ),
+    # Latent attention, a dense layer before those with experts, which are in two groups.
+    "sparse": dataclasses.replace(
+        CFG, family="deepseek_v3", num_heads=4, num_kv_heads=4, head_dim=12, qk_norm=False,
+        latent=Latent(kv_rank=16, nope_dim=8, rope_dim=4, value_dim=6, q_rank=8),
+        experts=Experts(
+            count=4, per_token=2, width=16, scores="sigmoid", corrected=True, groups=2,
+            groups_taken=1, group_score="two", shared_width=24,
+        ),
+        dense=(0,), rope=Rope(interleaved=True),
     ),
 }  # fmt: skip
 MESHES = [(1, 8, 1), (1, 4, 2), (1, 2, 4), (2, 2, 2)]
@@ -32,7 +43,9 @@ def numbers(name, keep=None):
         0.2 * rng.normal(size=leaf.shape) + ("norm" in str(path[-1]))
     ).astype(np.float32)
     params = jax.tree_util.tree_map_with_path(draw, decoder.abstract_params(cfg))
-    return params if keep is None else jax.device_get(decoder.take_layers(params, keep))
+    return (
+        params if keep is None else jax.device_get(decoder.take_layers(params, MODELS[name], keep))
+    )
 
 
 def placed(name, keep=None):

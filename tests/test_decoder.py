@@ -124,7 +124,11 @@ def test_masked_sliced_and_indexed_models_are_one(dtype, remat):
     masked = np.asarray(run(params, batch, EVERYTHING, dtype, remat, gates_bl=gates))
     for row, keep in enumerate(keeps):
         sliced = run(
-            decoder.take_layers(params, keep), batch, EVERYTHING.take_layers(keep), dtype, remat
+            decoder.take_layers(params, EVERYTHING, keep),
+            batch,
+            EVERYTHING.take_layers(keep),
+            dtype,
+            remat,
         )
         indexed = run(params, batch, EVERYTHING, dtype, remat, layer_ids=jnp.array(keep))
         np.testing.assert_array_equal(masked[row], sliced[row])
@@ -135,7 +139,7 @@ def test_masked_sliced_and_indexed_models_are_one(dtype, remat):
 def test_layer_ids_follow_the_order_given():
     params, batch = hot_params(), packed_batch()
     order = (3, 1)
-    swapped = run(decoder.take_layers(params, order), batch, CFG.take_layers(order))
+    swapped = run(decoder.take_layers(params, CFG, order), batch, CFG.take_layers(order))
     np.testing.assert_array_equal(run(params, batch, layer_ids=jnp.array(order)), swapped)
     assert np.abs(run(params, batch, layer_ids=jnp.array([1, 3])) - swapped).max() > 0.1
 
@@ -149,7 +153,7 @@ def test_observe_sees_the_residual_stream_around_every_layer():
     np.testing.assert_array_equal(seen["before"][1:], seen["after"][:-1])
     norm = decoder.rms_norm(seen["after"][-1], params["final_norm"], CFG.norm_eps)
     np.testing.assert_allclose(h, norm, atol=1e-5)
-    first = decoder.take_layers(params, [0])  # a model of it ends where layer 1 begins
+    first = decoder.take_layers(params, CFG, [0])  # a model of it ends where layer 1 begins
     end = decoder.hidden(first, batch, CFG.take_layers([0]), dtype=jnp.float32)
     norm = decoder.rms_norm(seen["before"][1], params["final_norm"], CFG.norm_eps)
     np.testing.assert_allclose(end, norm, atol=1e-5)

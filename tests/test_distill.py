@@ -65,7 +65,7 @@ def first_gradient(spec, batch):
 def test_loss_and_gradient_are_those_of_the_dense_formula():
     batch = random_batch(0)
     teacher = dense_params()
-    student = decoder.take_layers(teacher, KEEP)
+    student = decoder.take_layers(teacher, CFG, KEEP)
 
     def loss(params):
         total, weight = dense_loss_sums(params, teacher, batch)
@@ -104,7 +104,7 @@ def test_the_mean_of_micro_batch_means_would_be_another_gradient():
     """What the test above would not notice if the rows were too alike."""
     batch = random_batch(1)
     teacher = dense_params()
-    student = decoder.take_layers(teacher, KEEP)
+    student = decoder.take_layers(teacher, CFG, KEEP)
 
     @jax.jit
     @jax.grad
@@ -225,7 +225,7 @@ def hidden_gap(params, teacher, batch):
 @pytest.mark.parametrize("micro", [None, 2])
 def test_the_layers_term_is_that_of_the_formula(micro):
     batch, teacher = random_batch(0), dense_params()
-    student = decoder.take_layers(teacher, KEEP)
+    student = decoder.take_layers(teacher, CFG, KEEP)
 
     def loss(params):
         total, weight = dense_loss_sums(params, teacher, batch)

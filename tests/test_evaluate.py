@@ -91,7 +91,7 @@ def test_figures_by_what_the_dense_model_said_before(k):
 def test_figures_by_mask_are_those_of_the_sliced_model():
     dense, batches = dense_params(), uneven_batches()
     by_mask = make_figures(CFG, CFG, dtype=jnp.float32, chunk=64)(dense, dense, batches, KEEP)
-    cut, cut_cfg = decoder.take_layers(dense, KEEP), CFG.take_layers(KEEP)
+    cut, cut_cfg = decoder.take_layers(dense, CFG, KEEP), CFG.take_layers(KEEP)
     sliced = make_figures(CFG, cut_cfg, dtype=jnp.float32, chunk=64)(dense, cut, batches)
     assert by_mask == sliced and by_mask.kl > 0.05
     expected = by_definition(dense, cut, cut_cfg, batches)

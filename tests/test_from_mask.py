@@ -65,7 +65,7 @@ def test_same_bytes_as_an_export_from_memory(tmp_path, family, changes):
     (source / "LICENSE").write_text("terms")
     out = run(tmp_path, source, "export.shard_gb=0.00003")
     cfg = read_config(source)
-    params = decoder.take_layers(load_params(source, cfg), KEEP)
+    params = decoder.take_layers(load_params(source, cfg), cfg, KEEP)
     options = {"card": "", "shard_bytes": 30_000}
     other = export(params, KEEP, cfg.take_layers(KEEP), source, tmp_path / "memory", **options)
     names = {p.name for p in other.iterdir()}
@@ -99,7 +99,7 @@ def moe(tmp_path, **config):
         save_numpy(tensors, source / name)
     weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
     (source / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    config = {"model_type": "deepseek_v3", "num_hidden_layers": 5, "num_experts": 3, **config}
+    config = {"model_type": "deepseek_v4", "num_hidden_layers": 5, "num_experts": 3, **config}
     (source / "config.json").write_text(json.dumps(config))
     return source
 
@@ -128,7 +128,7 @@ def test_family_unknown_and_quantised(tmp_path):
     config = json.loads((out / "config.json").read_text())
     quantized = config.pop("quantization_config")
     assert config == {
-        "model_type": "deepseek_v3",
+        "model_type": "deepseek_v4",
         "num_hidden_layers": 3,
         "num_experts": 3,
         "first_k_dense_replace": 1,

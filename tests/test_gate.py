@@ -129,7 +129,7 @@ def test_masked_model_is_the_sliced_model_bit_for_bit(dtype, remat):
 
     masked = np.asarray(run(params, CFG, gates_bl=gates))
     for row, keep in enumerate(keeps):
-        sliced = run(decoder.take_layers(params, keep), CFG.take_layers(keep))
+        sliced = run(decoder.take_layers(params, CFG, keep), CFG.take_layers(keep))
         by_ids = run(params, CFG, layer_ids=jnp.array(keep))
         np.testing.assert_array_equal(masked[row], sliced[row])
         np.testing.assert_array_equal(masked[row], by_ids[row])

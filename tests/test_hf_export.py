@@ -80,7 +80,7 @@ def source_model(tmp_path, family, **options):
 
 def pruned(folder, keep=KEEP, dtype=None):
     cfg = read_config(folder)
-    return decoder.take_layers(load_params(folder, cfg, dtype), keep), cfg.take_layers(keep)
+    return decoder.take_layers(load_params(folder, cfg, dtype), cfg, keep), cfg.take_layers(keep)
 
 
 def run_export(folder, out, keep=KEEP, load_dtype=None, **options):

@@ -298,9 +298,9 @@ def test_distillation_from_a_teacher_cache(copy, place, monkeypatch, caplog):
         dense.clear()
         return state
 
-    def take_layers(params, keep):
+    def take_layers(params, cfg, keep):
         dense.extend(map(weakref.ref, jax.tree.leaves(params)))
-        return decoder_take_layers(params, keep)
+        return decoder_take_layers(params, cfg, keep)
 
     decoder_take_layers = decoder.take_layers
     monkeypatch.setattr(decoder, "take_layers", take_layers)

@@ -76,7 +76,7 @@ def row_losses(params, batch, keep_bl, kind):
         return jax.nn.log_softmax(decoder.logits(params, h, cfg))
 
     def log_probs(kept):
-        cut = decoder.take_layers(params, kept)
+        cut = decoder.take_layers(params, CFG, kept)
         return np.asarray(run(cut, CFG.take_layers(kept)), np.float64)
 
     dense, sums = log_probs(range(L)), np.zeros(ROWS)

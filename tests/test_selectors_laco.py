@@ -97,7 +97,7 @@ def test_merge_is_that_of_state_dicts(tmp_path, family):
     model.float().save_pretrained(tmp_path / "merged")
     params = laco.merge(load_params(folder, cfg, jnp.float32), ((1, (2, 3)),))
     want = load_params(tmp_path / "merged", cfg.take_layers((0, 1)), jnp.float32)
-    ours = decoder.take_layers(params, (0, 1))
+    ours = decoder.take_layers(params, cfg, (0, 1))
     assert jax.tree.structure(ours) == jax.tree.structure(want)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, want)
 

@@ -77,7 +77,7 @@ def _student(spec: config.Distill, _: jax.sharding.Mesh):
     """Built once for a recipe and a mesh: compiling is most of what these tests cost."""
     optimizer = make_optimizer(spec.optimizer, spec.steps)
     teacher = dense_params()
-    student = decoder.take_layers(teacher, KEEP)
+    student = decoder.take_layers(teacher, CFG, KEEP)
     step = distill.make_train_step(
         STUDENT, spec, optimizer, teacher_cfg=CFG, keep=KEEP, dtype=jnp.float32, remat="none"
     )

@@ -58,7 +58,7 @@ def make_plan(source: pathlib.Path, keep: Sequence[int]) -> Plan:
     config = read_json(source / "config.json")
     cut = cut_config(config, keep)
     quantized = any(config.get(key) for key in QUANTIZATION)
-    if is_known(config) and not quantized:
+    if is_known(config) and not quantized and with_drafts(config, keep) == list(keep):
         cfg = read_config(source)
         found = {t.name: stored for t, stored in match(source, cfg)}
         table = tensor_table(cfg.take_layers(keep))

@@ -4,12 +4,13 @@ Layer numbers change with a cut, so whatever tells layers apart must change with
 understood for certain is refused.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from e3jax.errors import UserError
-from e3jax.hf.families import FAMILIES, FULL, SLIDING, from_hf
+from e3jax.hf.families import FAMILIES, from_hf
 
 DEPTH = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 QUANTIZATION = ("quantization_config", "quantization", "compression_config")
@@ -98,8 +99,8 @@ def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _cut_known(config: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
-    """Where the windows were told by a layer number (`max_window_layers`), `layer_types` now tells
-    them: layer numbers change, and a removed layer may leave the pattern irregular.
+    """What was told by a layer's number is told layer by layer now, where anything is: numbers
+    change, and a removed layer may leave a pattern irregular.
     """
     cfg = from_hf(config, "config.json")
     cut = {
@@ -107,14 +108,16 @@ def _cut_known(config: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
         for key, value in config.items()
     }
     cut["num_hidden_layers"] = len(keep)
-    windows = [cfg.windows[i] for i in keep]
-    family = FAMILIES[cfg.family]
-    if family.windows == "layer_types":
-        if config.get("layer_types") is None and any(cfg.windows):
-            cut["layer_types"] = [SLIDING if w else FULL for w in windows]
-        if "max_window_layers" in config or any(cfg.windows):
-            first = config.get("max_window_layers", family.defaults["max_window_layers"])
-            cut["max_window_layers"] = sum(i < first for i in keep)
+    if config.get("model_type") != cfg.family and "model_type" in config:
+        cut["model_type"] = cfg.family  # of which it was another name
+    told = FAMILIES[cfg.family].told
+    before, after = told(cfg), told(cfg.take_layers(keep))
+    plain = told(dataclasses.replace(cfg, windows=(None,) * cfg.num_layers, dense=()))
+    cut |= {key: after[key] for key in after if key in config or before[key] != plain[key]}
+    if from_hf(cut, "config.json") != cfg.take_layers(keep):
+        raise UserError(
+            f"config.json: a {cfg.family} model of layers {list(keep)} cannot be written down"
+        )
     return cut
 
 

@@ -18,8 +18,8 @@ from e3jax import processes
 from e3jax.errors import UserError
 from e3jax.hf import aside, blocks, safetensors
 from e3jax.hf.aside import SHARD_BYTES, to_json
-from e3jax.hf.cut import cut_config, with_dtype
-from e3jax.hf.families import read_config, read_json, to_hf
+from e3jax.hf.cut import QUANTIZATION, cut_config, with_dtype
+from e3jax.hf.families import FAMILIES, read_config, read_json, to_hf
 from e3jax.hf.folders import match, source_dtype
 from e3jax.hf.tensors import Tensor, tensor_table
 from e3jax.models.config import ModelConfig
@@ -51,11 +51,18 @@ def export(
     """
     source = pathlib.Path(source_folder)
     dtype = source_dtype(source) if dtype == "source" else dtype
-    config = with_dtype(cut_config(read_json(source / "config.json"), keep), dtype)
+    config = with_dtype(_loaded(cut_config(read_json(source / "config.json"), keep)), dtype)
     files = aside.carried(source) | {"config.json": to_json(config), "README.md": card.encode()}
     return _write(
         params, cfg, files, pathlib.Path(out_folder).absolute(), dtype, shard_bytes, verify
     )
+
+
+def _loaded(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json of what was loaded: weights are dequantised, and no layer drafts tokens ahead."""
+    drafts = FAMILIES[config["model_type"]].drafts
+    plain = {key: value for key, value in config.items() if key not in QUANTIZATION}
+    return plain | {drafts: 0} if drafts in plain else plain
 
 
 def export_new(
@@ -140,14 +147,17 @@ def _pieces(
     Collective: those that are spread over processes are gathered by all, and all go over all.
     """
     for t in tensors:
-        leaf: Any = functools.reduce(lambda tree, key: tree[key], t.leaf, params)
-        ours = processes.whole(leaf if t.layer is None else _layer(leaf, t.layer))
-        for cut in blocks.cuts(len(ours), ours[:1].size * dtype.itemsize):
-            with np.errstate(over="ignore"):  # what overflows the dtype is told by its name
-                piece = ours[cut].astype(dtype, copy=False)
-            if not blocks.finite(piece):
-                raise UserError(f"{t.name}: NaN or infinite in {dtype.name}; nothing was exported")
-            yield t, piece
+        for piece in t.pieces:
+            leaf: Any = functools.reduce(lambda tree, key: tree[key], piece.leaf, params)
+            ours = processes.whole(_at(leaf, piece.index) if piece.index else leaf)
+            for cut in blocks.cuts(len(ours), ours[:1].size * dtype.itemsize):
+                with np.errstate(over="ignore"):  # what overflows the dtype is told by its name
+                    part = ours[cut].astype(dtype, copy=False)
+                if not blocks.finite(part):
+                    raise UserError(
+                        f"{t.name}: NaN or infinite in {dtype.name}; nothing was exported"
+                    )
+                yield t, part
 
 
 def _gather_only(pieces: Iterable[Any]) -> None:
@@ -156,8 +166,10 @@ def _gather_only(pieces: Iterable[Any]) -> None:
 
 
 @jax.jit
-def _layer(leaf: jax.Array, index: int) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+def _at(leaf: jax.Array, index: tuple[int, ...]) -> jax.Array:
+    for i in index:
+        leaf = jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
+    return leaf
 
 
 def _read_back(

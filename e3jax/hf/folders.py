@@ -1,16 +1,22 @@
 """A checkpoint's folder: which one, what it holds, where each tensor lies. Strict; without jax."""
 
+import dataclasses
+import logging
+import math
 import pathlib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from e3jax.errors import UserError
-from e3jax.hf.families import read_json
-from e3jax.hf.safetensors import DTYPES, Stored, read_header
-from e3jax.hf.tensors import EMBED, HEAD, Tensor, tensor_table
+from e3jax.hf.families import FAMILIES, read_json
+from e3jax.hf.safetensors import DTYPES, FP8_BLOCK, QUANTISED, Stored, read_header
+from e3jax.hf.tensors import EMBED, HEAD, Piece, Tensor, tensor_table
 from e3jax.models.config import ModelConfig
 
+log = logging.getLogger(__name__)
+
+SCALE = "_scale_inv"  # behind a quantised tensor's name: what its blocks are multiplied by
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HARMLESS = re.compile(r".*rotary_emb\.inv_freq")  # a buffer that old llama checkpoints stored
 
@@ -98,10 +104,11 @@ def raise_problems(folder: pathlib.Path, problems: dict[str, list[str]]) -> None
 def match(folder: pathlib.Path, cfg: ModelConfig) -> list[tuple[Tensor, Stored]]:
     """The model's tensors and where each lies.
 
-    Tied models may store the embedding, the head, or both if they are equal. Raises UserError that
-    lists all unknown, missing, wrongly shaped and unreadable tensors at once.
+    Tied models may store the embedding, the head, or both if they are equal. Layers that only draft
+    tokens ahead are left out, and a line says so. Raises UserError that lists all unknown, missing,
+    wrongly shaped and unreadable tensors at once.
     """
-    stored = stored_tensors(folder)
+    stored = _with_scales(_without_drafts(stored_tensors(folder), folder, cfg))
     if cfg.tied and HEAD in stored:
         head = stored.pop(HEAD)
         embed = stored.setdefault(EMBED, head)
@@ -122,12 +129,60 @@ def match(folder: pathlib.Path, cfg: ModelConfig) -> list[tuple[Tensor, Stored]]
                 for t, s in both
                 if s.shape != t.shape
             ],
-            "dtype not supported (only F32, F16, BF16; quantised weights are not yet)": [
-                f"{t.name} {s.code}" for t, s in both if s.code not in DTYPES
+            "dtype not supported (only F32, F16, BF16, and F8_E4M3 with scales of its blocks)": [
+                f"{t.name} {s.code}" for t, s in both if not _is_readable(t, s)
             ],
         },
     )
     return both
+
+
+def _without_drafts(
+    stored: dict[str, Stored], folder: pathlib.Path, cfg: ModelConfig
+) -> dict[str, Stored]:
+    key = FAMILIES[cfg.family].drafts
+    config = read_json(folder / "config.json") if key else {}
+    count = config.get(key) or 0
+    behind = tuple(f"model.layers.{cfg.num_layers + i}." for i in range(count))
+    left = {name: where for name, where in stored.items() if not name.startswith(behind)}
+    if len(left) < len(stored):
+        log.info(
+            "%s: %d layer(s) behind the last one only draft tokens ahead (%s) and are left out",
+            folder,
+            count,
+            key,
+        )
+    return left if behind else stored
+
+
+def _with_scales(stored: dict[str, Stored]) -> dict[str, Stored]:
+    """Quantised tensors with the scales that are stored beside them."""
+    found = {
+        name: t for name, t in stored.items() if t.code in QUANTISED and name + SCALE in stored
+    }
+    scales = {name: stored[name + SCALE] for name in found}
+    left = {name: t for name, t in stored.items() if name.removesuffix(SCALE) not in found}
+    return left | {name: dataclasses.replace(t, scale=scales[name]) for name, t in found.items()}
+
+
+def _is_readable(tensor: Tensor, stored: Stored) -> bool:
+    if stored.scale is None:
+        return stored.code in DTYPES
+    blocks = tuple(-(-size // FP8_BLOCK) for size in stored.shape)
+    return stored.scale.code in DTYPES and stored.scale.shape == blocks and len(tensor.pieces) == 1
+
+
+def in_pieces(tensor: Tensor, stored: Stored) -> Iterator[tuple[Piece, Stored]]:
+    """The pieces of the parameters that a stored tensor is, and where each lies."""
+    if stored.scale is not None:
+        (piece,) = tensor.pieces
+        yield piece, stored
+        return
+    start = stored.start
+    for piece in tensor.pieces:
+        nbytes = math.prod(piece.split) * DTYPES[stored.code].itemsize
+        yield piece, dataclasses.replace(stored, start=start, nbytes=nbytes, shape=piece.split)
+        start += nbytes
 
 
 def _same(a: Stored, b: Stored, step: int = 2**24) -> bool:
@@ -145,6 +200,8 @@ def source_dtype(folder: str | pathlib.Path) -> str:
     for t in stored_tensors(pathlib.Path(folder)).values():
         size[t.code] += t.nbytes
     code = max(size, key=lambda c: size[c], default="no tensors")
+    if code in QUANTISED:
+        return "bfloat16"  # what it is dequantised to
     if code not in DTYPES:
         raise UserError(f"{folder}: stored as {code}; expected one of {', '.join(DTYPES)}")
     return DTYPES[code].name

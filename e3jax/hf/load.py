@@ -22,8 +22,9 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from e3jax import mesh, processes
 from e3jax.hf import reading
 from e3jax.hf.families import read_config
-from e3jax.hf.folders import match, raise_problems, source_dtype
+from e3jax.hf.folders import in_pieces, match, raise_problems, source_dtype
 from e3jax.hf.reading import Box
+from e3jax.hf.tensors import Piece
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.progress import over
@@ -53,43 +54,54 @@ def load_params(
     arrays: dict[tuple[str, ...], jax.Array] = {}
     finite = np.ones(len(both), bool)
     waiting: collections.deque = collections.deque()
-    free = collections.defaultdict(list)  # host memory of layers that are on the devices, by shape
-    stacks = {leaves[t.leaf] for t, _ in both if t.layer is not None and not on_host}
+    free = collections.defaultdict(list)  # host memory of rows that are on the devices, by shape
+    pieces = [
+        (n, piece, stored) for n, tensor in enumerate(both) for piece, stored in in_pieces(*tensor)
+    ]
+    # A row is what is put on the devices at once: a leaf, or its part of one layer.
+    rows = collections.Counter(_row(piece) for _, piece, _ in pieces)
+    memory: dict[Any, dict[Box, np.ndarray]] = {}
+    stacks = {leaves[piece.leaf] for _, piece, _ in pieces if piece.index and not on_host}
+
+    def memory_of(piece: Piece) -> dict[Box, np.ndarray]:
+        leaf, row = leaves[piece.leaf], _row(piece)
+        if on_host:
+            return at(on_host[piece.leaf], piece.index)
+        if row not in memory and free[leaf]:
+            memory[row] = free[leaf].pop()
+        elif row not in memory:
+            memory[row] = _empty(mesh.part_of_stack(leaf) if piece.index else leaf)
+        return at(memory[row], piece.index[1:])
 
     def finish() -> None:
-        number, (tensor, _), parts, reads = waiting.popleft()
-        finite[number] = all([read.result() for read in reads])
-        leaf = leaves[tensor.leaf]
-        if on_host:
+        number, piece, _, reads = waiting.popleft()
+        finite[number] &= all([read.result() for read in reads])
+        leaf, row = leaves[piece.leaf], _row(piece)
+        rows[row] -= 1
+        if on_host or rows[row]:
             return
-        if tensor.layer is None:
-            arrays[tensor.leaf] = _array(leaf, parts)
+        parts = memory.pop(row)
+        if not piece.index:
+            arrays[piece.leaf] = _array(leaf, parts)
             return
         zeros, put = programs[leaf].result()
-        if tensor.leaf not in arrays:
-            arrays[tensor.leaf] = zeros()
-        row = _array(mesh.part_of_stack(leaf), parts)
-        arrays[tensor.leaf] = put(arrays[tensor.leaf], row, tensor.layer).block_until_ready()
+        if piece.leaf not in arrays:
+            arrays[piece.leaf] = zeros()
+        one = _array(mesh.part_of_stack(leaf), parts)
+        arrays[piece.leaf] = put(arrays[piece.leaf], one, piece.index[0]).block_until_ready()
         free[leaf].append(parts)
 
-    by_place = sorted(enumerate(both), key=lambda item: (item[1][1].path, item[1][1].start))
+    pieces.sort(key=lambda item: (item[2].path, item[2].start))
     with (
         concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
         concurrent.futures.ThreadPoolExecutor(THREADS) as compiling,
     ):
         programs = {leaf: compiling.submit(_compile, *_lower(leaf)) for leaf in stacks}
         try:
-            for number, (tensor, stored) in over("tensors read", by_place, len(by_place)):
-                leaf, parts = leaves[tensor.leaf], on_host.get(tensor.leaf)
-                if parts is not None and tensor.layer is not None:
-                    parts = {box[1:]: part[tensor.layer] for box, part in parts.items()}
-                elif parts is None and tensor.layer is not None and free[leaf]:
-                    parts = free[leaf].pop()
-                elif parts is None:
-                    parts = _empty(leaf if tensor.layer is None else mesh.part_of_stack(leaf))
-                reads = reading.submit(pool, tensor, stored, parts)
-                waiting.append((number, (tensor, stored), parts, reads))
-                while sum(stored.nbytes for _, (_, stored), *_ in list(waiting)[1:]) > AHEAD:
+            for number, piece, stored in over("tensors read", pieces, len(pieces)):
+                reads = reading.submit(pool, piece, stored, memory_of(piece))
+                waiting.append((number, piece, stored, reads))
+                while sum(stored.nbytes for _, _, stored, _ in list(waiting)[1:]) > AHEAD:
                     finish()
             while waiting:
                 finish()
@@ -104,6 +116,21 @@ def load_params(
     return jax.tree_util.tree_map_with_path(
         lambda path, _: arrays[tuple(key.key for key in path)], abstract
     )
+
+
+def _row(piece: Piece) -> tuple:
+    return piece.leaf, piece.index[:1]
+
+
+def at(parts: Mapping[Box, np.ndarray], index: tuple[int, ...]) -> dict[Box, np.ndarray]:
+    """Of parts of an array those at `index` of its first axes, each by its box on the others."""
+    count = len(index)
+    inside = {
+        box: tuple(i - begin for i, (begin, _) in zip(index, box))
+        for box in parts
+        if all(begin <= i < end for i, (begin, end) in zip(index, box))
+    }
+    return {box[count:]: parts[box][place] for box, place in inside.items()}
 
 
 def _fills_host_memory() -> bool:

@@ -14,8 +14,8 @@ import numpy as np
 
 from e3jax.errors import UserError
 from e3jax.hf import blocks
-from e3jax.hf.safetensors import DTYPES, Stored
-from e3jax.hf.tensors import Tensor
+from e3jax.hf.safetensors import DTYPES, FP8_BLOCK, QUANTISED, Stored
+from e3jax.hf.tensors import Piece
 
 Box = tuple[tuple[int, int], ...]
 PAGE = 4096  # bytes
@@ -25,21 +25,23 @@ _thread = threading.local()
 
 def submit(
     pool: concurrent.futures.Executor,
-    tensor: Tensor,
+    piece: Piece,
     stored: Stored,
     parts: Mapping[Box, np.ndarray],
 ) -> list[concurrent.futures.Future[bool]]:
-    """Starts reading the parts of a tensor, given by their place in the leaf (without its layer).
+    """Starts reading the parts of a piece, given by their place in it.
 
     What several parts have in common is read once. The results: whether all was finite.
     """
+    if stored.scale is not None:
+        return [pool.submit(_fill_dequantised, stored, piece.split, parts)] if parts else []
     itemsize = DTYPES[stored.code].itemsize
-    row_bytes = math.prod(tensor.split[1:]) * itemsize
+    row_bytes = math.prod(piece.split[1:]) * itemsize
     reads = []
-    for (begin, end), *rest in merged([_with_gaps(box, tensor.split, itemsize) for box in parts]):
+    for (begin, end), *rest in merged([_with_gaps(box, piece.split, itemsize) for box in parts]):
         for cut in blocks.cuts(end - begin, row_bytes):
             box = ((begin + cut.start, begin + cut.stop), *rest)
-            reads.append(pool.submit(_fill, stored, tensor.split, box, parts))
+            reads.append(pool.submit(_fill, stored, piece.split, box, parts))
     return reads
 
 
@@ -97,6 +99,30 @@ def _fill(stored: Stored, shape: Sequence[int], box: Box, parts: Mapping[Box, np
     for part, of in targets:
         blocks.bits(part)[...] = blocks.bits(found)[of]
     return blocks.finite(found)
+
+
+def _fill_dequantised(
+    stored: Stored, shape: Sequence[int], parts: Mapping[Box, np.ndarray]
+) -> bool:
+    """Reads a quantised matrix whole, and puts its parts where they belong; are they finite?"""
+    values = dequantised(stored).reshape(shape)
+    finite = True
+    for box, part in parts.items():
+        part[...] = values[tuple(slice(*ends) for ends in box)]
+        finite &= blocks.finite(part)
+    return finite
+
+
+def dequantised(stored: Stored) -> np.ndarray:
+    """float32: each block of a float8 matrix times its scale; the last ones of a row or a column
+    may be cut short (DeepSeek-V3, arXiv 2412.19437, section 3.3)."""
+    assert stored.scale is not None
+    raw = np.frombuffer(stored.read(0, stored.nbytes), QUANTISED[stored.code])
+    scale = stored.scale
+    factors = np.frombuffer(scale.read(0, scale.nbytes), DTYPES[scale.code]).astype(np.float32)
+    values, factors = raw.reshape(stored.shape).astype(np.float32), factors.reshape(scale.shape)
+    factors = factors.repeat(FP8_BLOCK, axis=0).repeat(FP8_BLOCK, axis=1)
+    return values * factors[: stored.shape[0], : stored.shape[1]]
 
 
 def read(stored: Stored, shape: Sequence[int], box: Box, to: np.ndarray) -> None:

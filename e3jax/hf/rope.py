@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from e3jax.errors import UserError
+from e3jax.hf.facts import Facts
 from e3jax.models.config import Rope
 
 # The fields of Rope that each kind uses, beside theta.
@@ -23,52 +23,51 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def read_rope(config: dict[str, Any], max_position: int, where: str) -> Rope:
+def read_rope(facts: Facts, max_position: int) -> Rope:
     """Rotary embedding of config.json, resolved, so that the decoder needs nothing else.
 
     transformers 4 has `rope_theta` and `rope_scaling` (with `rope_type`, or `type` before 4.43);
     transformers 5 has `rope_parameters`. What they leave open is decided as
     transformers.modeling_rope_utils does. Raises UserError on an unknown type.
     """
-    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    given = facts.get("rope_scaling") or facts.get("rope_parameters") or {}
     if not isinstance(given, dict):
-        raise UserError(f"{where}: rope parameters are {given!r}; expected an object")
+        raise facts.error(f"rope parameters are {given!r}; expected an object")
     nested = [key for key, value in given.items() if isinstance(value, dict)]
     if nested:
-        raise UserError(f"{where}: rope parameters by layer type ({nested}) are not supported")
+        raise facts.error(f"rope parameters by layer type ({nested}) are not supported")
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind not in ROPE_FIELDS:
-        raise UserError(
-            f"{where}: rope type {kind!r} is not supported; supported: {', '.join(ROPE_FIELDS)}"
+        raise facts.error(
+            f"rope type {kind!r} is not supported; supported: {', '.join(ROPE_FIELDS)}"
         )
-    partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    partial = given.get("partial_rotary_factor", facts.get("partial_rotary_factor"))
     if partial not in (None, 1):
-        raise UserError(f"{where}: partial_rotary_factor is {partial}; only 1 is supported")
-
-    def number(key: str, default: float | None = None) -> float:
-        return positive(given, key, f"{where}: rope type {kind}", default)
-
+        raise facts.error(f"partial_rotary_factor is {partial}; only 1 is supported")
+    rope = Facts(given, {}, f"{facts.where}: rope type {kind}")
     # Where a file has it beside the rope keys too, transformers lets that one win.
-    original = number("original_max_position_embeddings", max_position)
-    original = int(positive(config, "original_max_position_embeddings", where, original))
+    original = rope.number("original_max_position_embeddings", max_position)
+    original = int(facts.number("original_max_position_embeddings", original))
     values: dict[str, Any] = {}
     if kind != "default":
         # Only yarn can do without a factor: it is then how much longer the context has become.
-        values["factor"] = number("factor", max_position / original if kind == "yarn" else None)
+        values["factor"] = rope.number(
+            "factor", max_position / original if kind == "yarn" else None
+        )
     if kind == "dynamic":  # stretches from the length in config.json, never from an "original" one
         values["original_max_position"] = max_position
     elif kind in ("llama3", "yarn"):
         values["original_max_position"] = original
     if kind == "llama3":
-        values |= {key: number(key) for key in ("low_freq_factor", "high_freq_factor")}
+        values |= {key: rope.number(key) for key in ("low_freq_factor", "high_freq_factor")}
     if kind == "yarn":
         values |= {
-            "beta_fast": number("beta_fast", 32),
-            "beta_slow": number("beta_slow", 1),
+            "beta_fast": rope.number("beta_fast", 32),
+            "beta_slow": rope.number("beta_slow", 1),
             "attention_factor": _yarn_attention_factor(given, values["factor"]),
             "truncate": bool(given.get("truncate", True)),
         }
-    theta = number("rope_theta", positive(config, "rope_theta", where, 10_000.0))
+    theta = rope.number("rope_theta", facts.number("rope_theta", 10_000.0))
     return Rope(kind=kind, theta=theta, **values)
 
 
@@ -93,11 +92,3 @@ def write_rope(rope: Rope) -> dict[str, Any]:
     if original is not None and rope.kind != "dynamic":
         given["original_max_position_embeddings"] = original
     return given
-
-
-def positive(facts: dict[str, Any], key: str, where: str, default: float | None = None) -> float:
-    """facts[key], or `default` where it is absent or null; UserError unless a number above 0."""
-    value = default if facts.get(key) is None else facts[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise UserError(f"{where}: {key} is {value!r}; expected a number above 0")
-    return float(value)

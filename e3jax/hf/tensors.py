@@ -1,52 +1,35 @@
 """The tensors of a Hugging Face checkpoint <-> the leaves of the parameters: one two-way table."""
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 
+from e3jax.hf.families import FAMILIES
 from e3jax.models.config import ModelConfig
-from e3jax.models.params import param_table
+from e3jax.models.params import Leaf, param_table
 
-# Leaf -> tensor. Where several of our axes are one of its own, they are its neighbours, joined.
-MODEL_TENSORS = {
-    "embed": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
-}
-LAYER_TENSORS = {
-    "attn_norm": "input_layernorm.weight",
-    "q": "self_attn.q_proj.weight",
-    "k": "self_attn.k_proj.weight",
-    "v": "self_attn.v_proj.weight",
-    "o": "self_attn.o_proj.weight",
-    "q_bias": "self_attn.q_proj.bias",
-    "k_bias": "self_attn.k_proj.bias",
-    "v_bias": "self_attn.v_proj.bias",
-    "o_bias": "self_attn.o_proj.bias",
-    "q_norm": "self_attn.q_norm.weight",
-    "k_norm": "self_attn.k_norm.weight",
-    "mlp_norm": "post_attention_layernorm.weight",
-    "gate": "mlp.gate_proj.weight",
-    "up": "mlp.up_proj.weight",
-    "down": "mlp.down_proj.weight",
-    "gate_bias": "mlp.gate_proj.bias",
-    "up_bias": "mlp.up_proj.bias",
-    "down_bias": "mlp.down_proj.bias",
-}
-EMBED, HEAD = MODEL_TENSORS["embed"], MODEL_TENSORS["head"]
+EMBED, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+WIDTHS = ("embed", "rank")  # axes that are a stored matrix's own; all others it has joined
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of the parameters that lies together in a checkpoint, in the same order."""
+
+    leaf: tuple[str, ...]  # keys of the nested dict of parameters
+    index: tuple[int, ...]  # on the leaf's first axes: its layer's place in the stack, its expert
+    split: tuple[int, ...]  # the shape of what is left of the leaf
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint, and the piece of the parameters that it is."""
+    """One tensor of a checkpoint: pieces of the parameters, one after another."""
 
     name: str
-    leaf: tuple[str, ...]  # keys of the nested dict of parameters
-    layer: int | None  # index on the leaf's axis 0; None where the leaf is not stacked
+    layer: int | None  # the number in its name; None where it is of no layer
     shape: tuple[int, ...]  # as stored
-    split: tuple[int, ...]  # of the leaf (of one layer): the same elements in the same order
+    pieces: tuple[Piece, ...]
 
     @property
     def size(self) -> int:
@@ -64,22 +47,46 @@ def tensor_table(cfg: ModelConfig) -> tuple[Tensor, ...]:
     """Every tensor of the model, in the order of the network: exactly the leaves of its params."""
     leaves = param_table(cfg)
 
-    def tensor(name: str, *keys: str, layer: int | None = None) -> Tensor:
-        leaf = functools.reduce(lambda tree, key: tree[key], keys, leaves)
-        split, axes = (leaf.shape, leaf.axes) if layer is None else (leaf.shape[1:], leaf.axes[1:])
-        # A stored matrix has the model's width on one axis, and on the other all else.
-        sides = itertools.groupby(zip(split, axes), lambda item: item[1] == "embed")
-        shape = tuple(math.prod(size for size, _ in side) for _, side in sides)
-        return Tensor(name, keys, layer, shape, split)
-
     def rows() -> Iterator[Tensor]:
-        yield tensor(MODEL_TENSORS["embed"], "embed")
-        for i in range(cfg.num_layers):
-            for leaf, name in LAYER_TENSORS.items():
-                if leaf in leaves["layers"]:
-                    yield tensor(f"model.layers.{i}.{name}", "layers", leaf, layer=i)
-        yield tensor(MODEL_TENSORS["final_norm"], "final_norm")
+        yield _tensor(EMBED, None, {("embed",): leaves["embed"]}, ())
+        for run in cfg.runs:
+            for at in range(run.count):
+                yield from _of_layer(cfg, run.stack, run.first + at, run.at + at, leaves[run.stack])
+        yield _tensor(FINAL_NORM, None, {("final_norm",): leaves["final_norm"]}, ())
         if "head" in leaves:
-            yield tensor(MODEL_TENSORS["head"], "head")
+            yield _tensor(HEAD, None, {("head",): leaves["head"]}, ())
 
     return tuple(rows())
+
+
+def _of_layer(
+    cfg: ModelConfig, stack: str, number: int, place: int, leaves: dict[str, Leaf]
+) -> Iterator[Tensor]:
+    names, joined = FAMILIES[cfg.family].tensors, {}
+    for key, leaf in leaves.items():
+        joined.setdefault(names[key], {})[stack, key] = leaf
+    for of_experts, group in itertools.groupby(joined.items(), lambda item: "{}" in item[0]):
+        group = list(group)
+        experts = range(cfg.experts.count) if of_experts and cfg.experts else (None,)
+        for expert in experts:
+            index = (place,) if expert is None else (place, expert)
+            for name, parts in group:
+                name = f"model.layers.{number}.{name.format(expert)}"
+                yield _tensor(name, number, parts, index)
+
+
+def _tensor(
+    name: str,
+    layer: int | None,
+    parts: dict[tuple[str, ...], Leaf],
+    index: tuple[int, ...],
+) -> Tensor:
+    pieces, shapes = [], []
+    for keys, leaf in parts.items():
+        split, axes = leaf.shape[len(index) :], leaf.axes[len(index) :]
+        pieces.append(Piece(keys, index, split))
+        # A stored matrix has the model's width on one axis, and on the other all else.
+        sides = itertools.groupby(zip(split, axes, strict=True), lambda x: x[1] in WIDTHS)
+        shapes.append(tuple(math.prod(size for size, _ in side) for _, side in sides))
+    rows = sum(shape[0] for shape in shapes)
+    return Tensor(name, layer, (rows, *shapes[0][1:]), tuple(pieces))

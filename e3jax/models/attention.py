@@ -1,5 +1,6 @@
 """Causal grouped-query attention over packed rows: who sees whom, and which program computes it."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,14 +9,19 @@ import jax.numpy as jnp
 
 from e3jax import mesh
 from e3jax.models import cudnn, recompute, splash
+from e3jax.models.config import ModelConfig
+from e3jax.models.product import precision
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 AttendOfKind = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def precision(dtype: Any) -> jax.lax.Precision | None:
-    """float32 means float32: without this an accelerator multiplies in tf32 or bfloat16."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+def scaled(q: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """Queries of which an attention that divides their products by sqrt(H) makes the scores of a
+    model that multiplies by something else."""
+    scale = cfg.head_dim**-0.5 if cfg.attention_scale is None else cfg.attention_scale
+    factor = scale * q.shape[-1] ** 0.5
+    return q if math.isclose(factor, 1.0, rel_tol=1e-9) else q * jnp.asarray(factor, q.dtype)
 
 
 def make_attention(
@@ -26,6 +32,7 @@ def make_attention(
     documents: int | None,
 ) -> AttendOfKind:
     """A (kind, q [B, T, K, G, H], k and v [B, T, K, H]) -> [B, T, K, G, H]: rows see themselves.
+    The values may be narrower, and then what is returned is.
 
     kind: int32 scalar, which of the distinct `windows` the layer has. documents: that a row has at
     most, None where that is not known.
@@ -36,7 +43,7 @@ def make_attention(
     whole = see_all(windows, time)
     if platform == "gpu" and whole and mesh.is_stood_for():
         if cudnn.takes(time, head_dim, dtype, documents or 1):
-            return lambda kind, q, k, v: _memory_of_kernel(q, k, v)
+            return _as_wide(lambda kind, q, k, v: _memory_of_kernel(q, k, v))
     elif platform == "gpu" and whole and cudnn.suits(time, head_dim, dtype, documents):
         return by_cudnn(segments_bt, documents or 1)
     return by_mask(segments_bt, windows)
@@ -50,13 +57,26 @@ def see_all(windows: Sequence[int | None], time: int) -> bool:
 def by_splash(segments_bt: jax.Array, windows: Sequence[int | None]) -> AttendOfKind:
     """Splash attention on TPUs, a kernel for each window: nothing of [T, T] is built."""
     kernels = [splash.make_attention(segments_bt, window) for window in windows]
-    return lambda kind, q, k, v: jax.lax.switch(kind, kernels, q, k, v)
+    return _as_wide(lambda kind, q, k, v: jax.lax.switch(kind, kernels, q, k, v))
 
 
 def by_cudnn(segments_bt: jax.Array, documents: int) -> AttendOfKind:
     """cuDNN's attention on GPUs, without windows: nothing of [T, T] is built."""
     attend = cudnn.make_attention(segments_bt, documents)
-    return lambda kind, q, k, v: attend(q, k, v)
+    return _as_wide(lambda kind, q, k, v: attend(q, k, v))
+
+
+def _as_wide(attend: AttendOfKind) -> AttendOfKind:
+    """Values as wide as keys, for kernels that ask for it: filled up with zeros, and cut again."""
+
+    def with_values(kind: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        width = v.shape[-1]
+        if width == k.shape[-1]:
+            return attend(kind, q, k, v)
+        filled = jnp.pad(v, ((0, 0),) * 3 + ((0, k.shape[-1] - width),))
+        return attend(kind, q, k, filled)[..., :width]
+
+    return with_values
 
 
 def by_mask(segments_bt: jax.Array, windows: Sequence[int | None]) -> AttendOfKind:
@@ -106,7 +126,7 @@ def attend_by_head(
     q_btkgh: jax.Array, k_bksh: jax.Array, v_bksh: jax.Array, mask_bts: jax.Array
 ) -> jax.Array:
     """`attend` for keys and values that lie head by head, as the products want them."""
-    rows, time, kv_heads, groups, width = q_btkgh.shape
+    rows, time, kv_heads, groups, width = q_btkgh.shape  # the values' may be another
     # The queries of a key-value head as one matrix: on a CPU 14 times faster than the plain einsum,
     # which XLA turns into a loop of small products.
     q = q_btkgh.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, groups * time, width)
@@ -131,7 +151,7 @@ def attend_by_head(
         precision=precision(v_bksh.dtype),
         out_sharding=place,
     )
-    return y.reshape(rows, kv_heads, groups, time, width).transpose(0, 3, 1, 2, 4)
+    return y.reshape(rows, kv_heads, groups, time, -1).transpose(0, 3, 1, 2, 4)
 
 
 @jax.custom_vjp

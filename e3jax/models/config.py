@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
@@ -27,6 +27,47 @@ class Rope:
     beta_slow: float = 1.0  # yarn
     attention_factor: float = 1.0  # yarn: multiplies cos and sin
     truncate: bool = True  # yarn: whether the correction range is rounded outwards to integers
+    interleaved: bool = False  # neighbours turn together, not numbers half a head apart
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): the keys and values of all heads
+    are made from one vector of `kv_rank` numbers a token and one rotated key that they share."""
+
+    kv_rank: int  # C
+    nope_dim: int  # of a head's queries and keys, what no position turns
+    rope_dim: int  # and what is turned
+    value_dim: int
+    q_rank: int | None = None  # queries are made from a vector of so many numbers; None = from D
+    norm_eps: float = 1e-6  # of those vectors
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts as feed-forward network: which a token is sent to, and their sum."""
+
+    count: int  # E
+    per_token: int
+    width: int  # F of an expert
+    scores: Literal["softmax", "sigmoid"] = "softmax"  # of the router's outcomes, over all experts
+    normalised: bool = True  # the weights of those chosen are made to add up to 1
+    scale: float = 1.0  # and then multiplied by this
+    corrected: bool = False  # a bias that helps to choose and does not weigh (arXiv 2408.15664)
+    groups: int = 1  # of experts that follow each other; a token is sent to few of them
+    groups_taken: int = 1
+    group_score: Literal["greatest", "two"] = "greatest"  # one expert's, or the best two's sum
+    shared_width: int = 0  # of a network that every token is sent to; 0 = none
+    shared_gate: bool = False  # which a sigmoid weighs
+
+
+class Run(NamedTuple):
+    """Layers that follow each other and are alike: their parameters lie together in a stack."""
+
+    stack: str  # key of the parameters
+    first: int  # the first layer's number
+    at: int  # its place in the stack
+    count: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,18 +91,55 @@ class ModelConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMS norm over head_dim on queries and keys, before rope
+    # RMS norm on queries and keys, before rope: over each head, or over all heads as one.
+    qk_norm: bool | Literal["whole"] = False
+    qkv_clip: float | None = None  # what queries, keys and values are clipped to
+    latent: Latent | None = None  # instead of attention by q, k and v
+    experts: Experts | None = None
+    dense: tuple[int, ...] = ()  # the layers that have the mlp although the model has experts
+    attention_scale: float | None = None  # of the scores; None = head_dim ** -0.5
 
     def __post_init__(self) -> None:
         assert self.num_heads % self.num_kv_heads == 0, (self.num_heads, self.num_kv_heads)
         assert len(self.windows) == self.num_layers, (len(self.windows), self.num_layers)
+        assert self.experts is not None or not self.dense, self.dense
 
     @property
     def num_groups(self) -> int:
         """G: query heads a key-value head."""
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def stacks(self) -> dict[str, tuple[int, ...]]:
+        """Key of the parameters -> the layers stacked there, those whose parameters are alike."""
+        everything = range(self.num_layers)
+        sparse = tuple(i for i in everything if i not in self.dense)
+        stacks = {"dense_layers": self.dense, "layers": sparse}
+        return {name: ids for name, ids in stacks.items() if ids}
+
+    @property
+    def rope_dim(self) -> int:
+        """How many numbers of a head's queries and keys are turned by their position."""
+        return self.latent.rope_dim if self.latent else self.head_dim
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """All layers in the order of the network."""
+        place = {i: (name, at) for name, ids in self.stacks.items() for at, i in enumerate(ids)}
+        runs: list[Run] = []
+        for i in range(self.num_layers):
+            name, at = place[i]
+            if runs and runs[-1].stack == name:
+                runs[-1] = runs[-1]._replace(count=runs[-1].count + 1)
+            else:
+                runs.append(Run(name, i, at, 1))
+        return tuple(runs)
+
     def take_layers(self, keep: Sequence[int]) -> "ModelConfig":
         """The configuration of the model made of layers `keep`, in that order."""
-        windows = tuple(self.windows[i] for i in keep)
-        return dataclasses.replace(self, num_layers=len(keep), windows=windows)
+        return dataclasses.replace(
+            self,
+            num_layers=len(keep),
+            windows=tuple(self.windows[i] for i in keep),
+            dense=tuple(new for new, old in enumerate(keep) if old in self.dense),
+        )

@@ -1,10 +1,11 @@
 """One decoder for every family: parameters, partition specs, the forward pass with layer gates.
 
 Axes: B batch, T time, S keys, D width, K key-value heads, G query heads a key-value head, H head
-width, F mlp width, V vocabulary, L layers. Query head n is k * G + g.
+width, F mlp width, V vocabulary, L layers, E experts. Query head n is k * G + g.
 
-Parameters are a nested dict; the layers are stacked on axis 0, so that removing layers is a slice
-and the compile time does not grow with depth.
+Parameters are a nested dict; layers that are alike are stacked on axis 0 (all of them, but in a
+model with experts whose first layers have none), so that removing layers is a slice and the compile
+time does not grow with depth.
 """
 
 import functools
@@ -15,22 +16,18 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from e3jax import mesh
 from e3jax.models import recompute, rope
-from e3jax.models.attention import Attend, make_attention, precision
-from e3jax.models.config import ModelConfig
+from e3jax.models.attention import make_attention
+from e3jax.models.config import ModelConfig, Run
 from e3jax.models.gate import apply_gate
-from e3jax.models.norm import norm_rotate, rms_norm
+from e3jax.models.layer import layer
+from e3jax.models.norm import rms_norm
 from e3jax.models.params import Leaf, Params, param_table
 from e3jax.models.params import count_params as count_params
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_pytorch_tanh": jax.nn.gelu,
-    "relu": jax.nn.relu,
-}
+from e3jax.models.product import wide_product
 
 
 @flax.struct.dataclass
@@ -120,86 +117,19 @@ def init_params(key: jax.Array, cfg: ModelConfig, dtype: Any = jnp.float32) -> P
     return jax.jit(draw, out_shardings=shardings)(key)
 
 
-def take_layers(params: Params, keep: Sequence[int]) -> Params:
-    """The model made of layers `keep`: the same parameters, the stack sliced."""
-    index = jnp.asarray(keep, jnp.int32)
-    return {**params, "layers": jax.tree.map(lambda w: w[index], params["layers"])}
+def take_layers(params: Params, cfg: ModelConfig, keep: Sequence[int]) -> Params:
+    """The model made of layers `keep`: the same parameters, the stacks sliced. cfg: of `params`."""
+    taken = {name: w for name, w in params.items() if name not in cfg.stacks}
+    for name, ids in cfg.stacks.items():
+        if index := [ids.index(i) for i in keep if i in ids]:
+            places = jnp.asarray(index, jnp.int32)
+            taken[name] = jax.tree.map(lambda w: w[places], params[name])  # noqa: B023
+    return taken
 
 
-def weights_of(params: Params, index: Any) -> Params:
-    """One layer's, out of the stacks; index: int or int32 scalar."""
-    return jax.tree.map(lambda stack: stack[index], params["layers"])
-
-
-def _project(expr: str, x: jax.Array, w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """einsum of activations and a weight, in the activations' dtype, with the result's sharding.
-
-    Letters that are summed over must be in the order of their axes by the alphabet, in which einsum
-    sums: else XLA transposes both operands.
-    """
-    shape = jax.eval_shape(lambda a, b: jnp.einsum(expr, a, b), *map(_untyped, (x, w))).shape
-    return jnp.einsum(
-        expr,
-        x,
-        w.astype(x.dtype),
-        precision=precision(x.dtype),
-        out_sharding=mesh.out(axes, shape),
-    )
-
-
-def _untyped(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, jnp.float32)
-
-
-def attention(
-    w: Params,
-    x_btd: jax.Array,
-    cos_sin: tuple[jax.Array, jax.Array],
-    attend: Attend,
-    cfg: ModelConfig,
-) -> jax.Array:
-    """Self-attention; `attend` knows who sees whom, and in decoding the keys that came before."""
-    q = _project("btd,kghd->btkgh", x_btd, w["q"], ("batch", None, "heads", "groups", None))
-    k = _project("btd,khd->btkh", x_btd, w["k"], ("batch", None, "heads", None))
-    v = _project("btd,khd->btkh", x_btd, w["v"], ("batch", None, "heads", None))
-    if cfg.qkv_bias:
-        q, k, v = (
-            y + w[f"{n}_bias"].astype(y.dtype) for n, y in zip("qkv", (q, k, v), strict=True)
-        )
-    q, k, v = map(recompute.keep, (q, k, v))  # before the norm, whose backward asks for its input
-    if cfg.qk_norm:
-        q = norm_rotate(q, w["q_norm"], cos_sin, cfg.norm_eps)
-        k = norm_rotate(k, w["k_norm"], cos_sin, cfg.norm_eps)
-    else:
-        q, k = rope.rotate(q, cos_sin), rope.rotate(k, cos_sin)
-    y = attend(q, k, v)
-    y = _project("btnxy,dnxy->btd", y, w["o"], ("batch", None, None))
-    return y + w["o_bias"].astype(y.dtype) if cfg.out_bias else y
-
-
-def mlp(w: Params, x_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """Gated feed-forward network."""
-    gate = _project("btd,fd->btf", x_btd, w["gate"], ("batch", None, "mlp"))
-    up = _project("btd,fd->btf", x_btd, w["up"], ("batch", None, "mlp"))
-    if cfg.mlp_bias:
-        gate, up = gate + w["gate_bias"].astype(gate.dtype), up + w["up_bias"].astype(up.dtype)
-    gate, up = map(recompute.keep_large, (gate, up))
-    y = ACTIVATIONS[cfg.activation](gate) * up
-    y = _project("btf,df->btd", y, w["down"], ("batch", None, None))
-    return y + w["down_bias"].astype(y.dtype) if cfg.mlp_bias else y
-
-
-def layer(
-    w: Params,
-    h_btd: jax.Array,
-    cos_sin: tuple[jax.Array, jax.Array],
-    attend: Attend,
-    cfg: ModelConfig,
-) -> jax.Array:
-    """One decoder layer, residual stream in and out; `w` has no layer axis."""
-    x = rms_norm(h_btd, w["attn_norm"], cfg.norm_eps)
-    h_btd = recompute.keep(h_btd + attention(w, x, cos_sin, attend, cfg))
-    return recompute.keep(h_btd + mlp(w, rms_norm(h_btd, w["mlp_norm"], cfg.norm_eps), cfg))
+def weights_of(params: Params, run: Run, index: Any) -> Params:
+    """Those of a layer of the run, out of its stack; index: its number, int or int32 scalar."""
+    return jax.tree.map(lambda stack: stack[index - run.first + run.at], params[run.stack])
 
 
 def embed(params: Params, tokens: jax.Array, dtype: Any) -> jax.Array:
@@ -215,10 +145,10 @@ def embed(params: Params, tokens: jax.Array, dtype: Any) -> jax.Array:
     return mesh.rows_for_width(h)
 
 
-def window_kinds(cfg: ModelConfig) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
-    """The distinct sliding windows of the model, and which of them each of the L layers uses."""
+def window_kinds(cfg: ModelConfig) -> tuple[tuple[int | None, ...], np.ndarray]:
+    """The distinct sliding windows of the model, and which of them each layer uses, int32 [L]."""
     kinds = tuple(dict.fromkeys(cfg.windows))
-    return kinds, tuple(kinds.index(window) for window in cfg.windows)
+    return kinds, np.array([kinds.index(window) for window in cfg.windows], np.int32)
 
 
 def hidden(
@@ -244,23 +174,66 @@ def hidden(
       (hidden states, statistics stacked on axis 0). Layer outputs are before the final norm.
     beside: arrays [layers run, …], of which a layer's are a third argument of `observe`.
     """
-    assert layer_ids is None or gates_bl is None, "gates are of the whole stack"
+    assert layer_ids is None or gates_bl is None, "gates are of all layers"
     apply = applier(batch, cfg, dtype)
 
     def body(h: jax.Array, xs: tuple) -> tuple[jax.Array, Any]:
         w, index, gate_b, more = xs
-        y = apply(weights_of(params, index) if w is None else w, h, index)
+        y = of_number(index, h) if w is None else apply(w, h, index)
         stats = None if observe is None else observe(h, y, *([] if more is None else [more]))
         return (y if gate_b is None else apply_gate(h, y, gate_b)), stats
 
-    layers, ids = params["layers"], jnp.arange(cfg.num_layers)
+    of_number = by_number(params, cfg, apply)
+    scan = functools.partial(jax.lax.scan, recompute.checkpoint(body, remat))
+    h, stats = embed(params, batch.tokens, dtype), []
+    gates_lb = None if gates_bl is None else gates_bl.T
     if layer_ids is not None:
-        layers, ids = None, jnp.asarray(layer_ids, jnp.int32)
-    xs = layers, ids, None if gates_bl is None else gates_bl.T, beside
-    h = embed(params, batch.tokens, dtype)
-    h, stats = jax.lax.scan(recompute.checkpoint(body, remat), h, xs)
+        h, found = scan(h, (None, jnp.asarray(layer_ids, jnp.int32), None, beside))
+        stats.append(found)
+    for run in cfg.runs if layer_ids is None else ():
+        xs = params, np.arange(cfg.num_layers), gates_lb, beside
+        h, found = scan(h, of_run(xs, run))
+        stats.append(found)
     h = last_norm(params, h, cfg)
-    return h if observe is None else (h, stats)
+    if observe is None:
+        return h
+    return h, jax.tree.map(lambda *parts: jnp.concatenate(parts), *stats)
+
+
+def of_run(arrays: tuple, run: Run) -> tuple:
+    """(parameters, arrays [L, ...] …) -> (a run's stack of weights, its part of the others …)."""
+
+    def part(x: Any, begin: int) -> jax.Array:
+        return jnp.asarray(x if run.count == len(x) else x[begin : begin + run.count])
+
+    params, *others = arrays
+    return (
+        jax.tree.map(lambda w: part(w, run.at), params[run.stack]),
+        *jax.tree.map(lambda x: part(x, run.first), others),
+    )
+
+
+def by_number(
+    params: Params, cfg: ModelConfig, apply: Callable[[Params, jax.Array, Any], jax.Array]
+) -> Callable[[Any, jax.Array], jax.Array]:
+    """A (number of a layer, residual stream) -> residual stream after it; the number may be traced.
+    No layer's weights are copied out of their stack. apply: from `applier`."""
+
+    def of_stack(name: str, place: jax.Array, index: jax.Array, h: jax.Array) -> jax.Array:
+        return apply(jax.tree.map(lambda stack: stack[place], params[name]), h, index)
+
+    places, which = np.zeros((2, cfg.num_layers), np.int32)
+    for number, ids in enumerate(cfg.stacks.values()):
+        places[list(ids)], which[list(ids)] = range(len(ids)), number
+    branches = [functools.partial(of_stack, name) for name in cfg.stacks]
+
+    def run(index: Any, h: jax.Array) -> jax.Array:
+        if len(branches) == 1:
+            return branches[0](index, index, h)
+        place = jnp.asarray(places)[index]
+        return jax.lax.switch(jnp.asarray(which)[index], branches, place, index, h)
+
+    return run
 
 
 def last_norm(params: Params, h_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
@@ -272,7 +245,7 @@ def applier(
     batch: Batch, cfg: ModelConfig, dtype: Any
 ) -> Callable[[Params, jax.Array, Any], jax.Array]:
     """A (weights, residual stream, index of the layer) -> residual stream after it, for a batch."""
-    cos_sin = rope.angles(batch.positions, cfg.rope, cfg.head_dim)
+    cos_sin = rope.angles(batch.positions, cfg.rope, cfg.rope_dim)
     kinds, kind_of = window_kinds(cfg)
     kind_l = jnp.asarray(kind_of, jnp.int32)
     attend = make_attention(batch.segments, kinds, cfg.head_dim, dtype, batch.documents)
@@ -286,18 +259,6 @@ def applier(
 def head(params: Params, cfg: ModelConfig) -> jax.Array:
     """Output head [V, D], as stored."""
     return params["embed" if cfg.tied else "head"]
-
-
-def wide_product(expr: str, a: jax.Array, b: jax.Array, out: Any) -> jax.Array:
-    """float32 einsum, multiplied in the dtype of `a`, with the sharding `out`."""
-    return jnp.einsum(
-        expr,
-        a,
-        b.astype(a.dtype),
-        precision=precision(a.dtype),
-        preferred_element_type=jnp.float32,
-        out_sharding=out,
-    )
 
 
 def unembed(h_btd: jax.Array, head_vd: jax.Array) -> jax.Array:

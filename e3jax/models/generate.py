@@ -32,7 +32,7 @@ class Decoding:
     token: jax.Array  # int32 [B], the next one
     done: jax.Array  # bool [B], an end-of-sequence token is in the answer
     answer: jax.Array  # int32 [B, N], -1 beyond the answer
-    cache: Any  # Cache of S = T + N columns, stacked [L, ...] or a list of L, as the layers are
+    cache: Any  # a list of Caches of S = T + N columns: one a layer, or one [L, ...] a run of them
     segments: jax.Array  # int32 [B, T + N], 0 = padding
     running: jax.Array  # bool, some row goes on
 
@@ -78,6 +78,8 @@ def left_pad(prompts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, 
 def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Sequence[int]) -> Greedy:
     """Greedy decoding of at most N = `max_new_tokens`, each row up to the first of `eos`."""
     kinds, kind_of = decoder.window_kinds(cfg)
+    width_of_key = cfg.head_dim if cfg.latent is None else cfg.latent.kv_rank + cfg.latent.rope_dim
+    apply = partial(decoder.layer, cfg=cfg, absorbed=True)
 
     def next_token(weights: Params, h_btd: jax.Array) -> jax.Array:
         h = rms_norm(h_btd[:, -1:], weights["final_norm"], cfg.norm_eps)
@@ -91,8 +93,8 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
         width, order = tokens.shape[1], cache_order(len(tokens))
         pad = width - jnp.sum(segments, axis=1)
         positions = jnp.maximum(jnp.arange(width)[None] - pad[:, None], 0)
-        cos_sin = rope.angles(positions, cfg.rope, cfg.head_dim)
-        among_prompt = make_attention(segments, kinds, cfg.head_dim, dtype, documents=2)
+        cos_sin = rope.angles(positions, cfg.rope, cfg.rope_dim)
+        among_prompt = make_attention(segments, kinds, width_of_key, dtype, documents=2)
         ahead = ((0, 0), (0, max_new_tokens))
 
         def one(h: jax.Array, xs: tuple) -> tuple[jax.Array, Cache]:
@@ -106,17 +108,18 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
                 found = k_cache, v_cache
                 return among_prompt(kind, q, k, v)
 
-            h = decoder.layer(w, h, cos_sin, see, cfg)
+            h = apply(w, h, cos_sin, see)
             assert found is not None
             return h, found
 
-        h = decoder.embed(weights, tokens, dtype)
-        if isinstance(layers := weights["layers"], dict):
-            h, cache = jax.lax.scan(one, h, (layers, jnp.asarray(kind_of, jnp.int32)))
-        else:
-            cache = []
-            for xs in zip(layers, kind_of, strict=True):
+        h, cache = decoder.embed(weights, tokens, dtype), []
+        if is_apart(weights):
+            for xs in zip(weights["layers"], kind_of, strict=True):
                 h, found = one(h, xs)
+                cache.append(found)
+        else:
+            for run in cfg.runs:
+                h, found = jax.lax.scan(one, h, decoder.of_run((weights, kind_of), run))
                 cache.append(found)
         first = next_token(weights, h)
         return Decoding(
@@ -143,7 +146,7 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
         column = width + state.step
         masks = [causal_mask(state.segments, window, column, 1) for window in kinds]
         pad = width - jnp.sum(state.segments[:, :width], axis=1)
-        cos_sin = rope.angles((column - pad)[:, None], cfg.rope, cfg.head_dim)
+        cos_sin = rope.angles((column - pad)[:, None], cfg.rope, cfg.rope_dim)
 
         def one(h: jax.Array, w: Params, kind: Any, cache: Any, layer: tuple) -> tuple:
             """A layer on the new tokens; theirs go to `column` of its cache, or of what is stacked
@@ -161,22 +164,22 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
                 keys, values = (_by_head(x, order) for x in seen)
                 return attend_by_head(q, keys, values, select_mask(kind, masks))
 
-            h = decoder.layer(w, h, cos_sin, see, cfg)
+            h = apply(w, h, cos_sin, see)
             return h, cache
 
-        h = decoder.embed(weights, jnp.maximum(token, 0)[:, None], dtype)
-        if isinstance(layers := weights["layers"], dict):
+        def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
+            (w, kind), index = xs
+            return one(carry[0], w, kind, carry[1], (index,)), None
 
-            def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
-                w, kind, index = xs
-                return one(carry[0], w, kind, carry[1], (index,)), None
-
-            xs = (layers, jnp.asarray(kind_of, jnp.int32), jnp.arange(cfg.num_layers))
-            (h, cache), _ = jax.lax.scan(body, (h, state.cache), xs)
-        else:
-            cache = []
-            for w, kind, old in zip(layers, kind_of, state.cache, strict=True):
+        h, cache = decoder.embed(weights, jnp.maximum(token, 0)[:, None], dtype), []
+        if is_apart(weights):
+            for w, kind, old in zip(weights["layers"], kind_of, state.cache, strict=True):
                 h, new = one(h, w, kind, old, ())
+                cache.append(new)
+        else:
+            for run, old in zip(cfg.runs, state.cache, strict=True):
+                xs = decoder.of_run((weights, kind_of), run), jnp.arange(run.count)
+                (h, new), _ = jax.lax.scan(body, (h, old), xs)
                 cache.append(new)
         return state.replace(
             step=state.step + 1,
@@ -194,29 +197,44 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
         )
         return state.replace(running=runs(state))
 
-    return Greedy(partial(prepare, dtype=dtype), begin, go_on)
+    return Greedy(partial(prepare, cfg=cfg, dtype=dtype), begin, go_on)
 
 
-def prepare(params: Params, *, dtype: Any) -> Params:
-    """The parameters as decoding reads them for every token: all but norms in `dtype`; on GPUs that
-    have whole weights with a tuple of layers, a second copy of them, for of a stack each layer's
-    would be copied out for each token. (Sharded over `data` and apart, XLA would gather all before
-    the first token.) What need not change is not copied. Abstract parameters give abstract weights.
+def is_apart(weights: Params) -> bool:
+    """Whether `prepare` took the layers out of their stacks."""
+    return isinstance(weights.get("layers"), tuple)
+
+
+def prepare(params: Params, *, cfg: ModelConfig, dtype: Any) -> Params:
+    """The parameters as decoding reads them for every token: in `dtype`, all but norms and routers;
+    on GPUs that have whole weights with a tuple of layers, a second copy of them, for of a stack
+    each layer's would be copied out for each token. (Sharded over `data` and apart, XLA would
+    gather all before the first token.) What need not change is not copied. Abstract parameters give
+    abstract weights.
     """
-    if not isinstance(params["layers"], dict):
-        return params  # prepared already
+    if is_apart(params):
+        return params
     set_mesh = mesh.current()
     apart = mesh.platform() == "gpu" and (set_mesh is None or set_mesh.shape["data"] == 1)
 
     def cast(path: tuple, w: Any) -> Any:
-        as_it_is = w.dtype == dtype or str(path[-1].key).endswith("norm")
+        as_it_is = w.dtype == dtype or stays_wide(path[-1].key)
         return w if as_it_is else _made(_cast, w, dtype)
 
     if apart:
-        rest = {name: w for name, w in params.items() if name != "layers"}
+        rest = {name: w for name, w in params.items() if name not in cfg.stacks}
+        stacks = {name: _made(_take_apart, params[name], dtype) for name in cfg.stacks}
+        layers: dict[int, Params] = {}
+        for name, ids in cfg.stacks.items():
+            layers |= zip(ids, stacks[name], strict=True)
         rest = jax.tree_util.tree_map_with_path(cast, rest)
-        return rest | {"layers": _made(_take_apart, params["layers"], dtype)}
+        return rest | {"layers": tuple(layers[i] for i in range(cfg.num_layers))}
     return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def stays_wide(name: str) -> bool:
+    """Whether a parameter is used in float32 alone: norms, and what chooses experts."""
+    return name.endswith("norm") or name.startswith("router")
 
 
 def _made(fn: Callable[..., Any], tree: Any, dtype: Any) -> Any:
@@ -233,7 +251,7 @@ def _cast(w: jax.Array, dtype: Any) -> jax.Array:
 @partial(jax.jit, static_argnames="dtype")
 def _take_apart(layers: Params, dtype: Any) -> tuple[Params, ...]:
     count = len(jax.tree.leaves(layers)[0])
-    typed = {name: w if name.endswith("norm") else w.astype(dtype) for name, w in layers.items()}
+    typed = {name: w if stays_wide(name) else w.astype(dtype) for name, w in layers.items()}
     return tuple({name: w[i] for name, w in typed.items()} for i in range(count))
 
 

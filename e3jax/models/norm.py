@@ -8,16 +8,17 @@ import jax.numpy as jnp
 from e3jax.models import recompute, rope
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, in float32; returns x's dtype."""
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, axes: int = 1) -> jax.Array:
+    """Root-mean-square norm over the last `axes`, those of `scale`, in float32; x's dtype."""
     wide = x.astype(jnp.float32)
-    return (wide * _factor(wide, eps) * scale.astype(jnp.float32)).astype(x.dtype)
+    return (wide * _factor(wide, eps, axes) * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def _factor(wide: jax.Array, eps: float) -> jax.Array:
-    """1 / root mean square over the last axis, which stays as 1."""
-    mean_square = recompute.keep(jnp.mean(wide * wide, axis=-1))  # a number a row, a pass to make
-    return jax.lax.rsqrt(mean_square[..., None] + eps)
+def _factor(wide: jax.Array, eps: float, axes: int = 1) -> jax.Array:
+    """1 / root mean square over the last axes, which stay as 1."""
+    last = tuple(range(-axes, 0))
+    mean_square = recompute.keep(jnp.mean(wide * wide, axis=last))  # a number a row, a pass to make
+    return jax.lax.rsqrt(jnp.expand_dims(mean_square, last) + eps)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

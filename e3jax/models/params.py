@@ -7,65 +7,130 @@ exporting are copies of bytes, which no transposition slows down.
 import math
 from typing import Any, NamedTuple
 
-from e3jax.models.config import ModelConfig
+from e3jax.models.config import Experts, Latent, ModelConfig
 
 Params = dict[str, Any]
+Axes = tuple[str | None, ...]
+
+STD = 0.02  # of matrices that start at random
 
 
 class Leaf(NamedTuple):
     """One parameter: its shape, the logical name of each axis, and the scale it starts with."""
 
     shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
+    axes: Axes
     init: float | None  # standard deviation; 0 = zeros, None = ones
 
 
 def param_table(cfg: ModelConfig) -> Params:
     """Every parameter of the model as a nested dict of Leaf: the one source of shapes and specs."""
-    L, D, F, V = cfg.num_layers, cfg.width, cfg.mlp_width, cfg.vocab_size
-    K, G, H = cfg.num_kv_heads, cfg.num_groups, cfg.head_dim
-    std = 0.02
-    std_out = std / math.sqrt(2 * L)  # GPT-2: residual branches add up over depth
+    D, V = cfg.width, cfg.vocab_size
+    table: Params = {"embed": Leaf((V, D), ("vocab", "embed"), STD)}
+    for name, ids in cfg.stacks.items():
+        leaves = layer_table(cfg, sparse=cfg.experts is not None and ids[0] not in cfg.dense)
+        table[name] = {
+            key: Leaf((len(ids), *leaf.shape), (None, *leaf.axes), leaf.init)
+            for key, leaf in leaves.items()
+        }
+    table["final_norm"] = _norm(D)
+    if not cfg.tied:
+        table["head"] = Leaf((V, D), ("vocab", "embed"), STD)
+    return table
 
-    def layer(shape: tuple[int, ...], axes: tuple[str | None, ...], init: float | None) -> Leaf:
-        return Leaf((L, *shape), (None, *axes), init)
 
-    layers = {
-        "attn_norm": layer((D,), (None,), None),
-        "q": layer((K, G, H, D), ("heads", "groups", None, "embed"), std),
-        "k": layer((K, H, D), ("heads", None, "embed"), std),
-        "v": layer((K, H, D), ("heads", None, "embed"), std),
-        "o": layer((D, K, G, H), ("embed", "heads", "groups", None), std_out),
-        "mlp_norm": layer((D,), (None,), None),
-        "gate": layer((F, D), ("mlp", "embed"), std),
-        "up": layer((F, D), ("mlp", "embed"), std),
-        "down": layer((D, F), ("embed", "mlp"), std_out),
+def layer_table(cfg: ModelConfig, *, sparse: bool) -> dict[str, Leaf]:
+    """The parameters of one layer, in the order of the network; sparse: it has experts."""
+    out = STD / math.sqrt(2 * cfg.num_layers)  # GPT-2: residual branches add up over depth
+    leaves = {"attn_norm": _norm(cfg.width)}
+    leaves |= _latent(cfg, cfg.latent, out) if cfg.latent else _attention(cfg, out)
+    leaves["mlp_norm"] = _norm(cfg.width)
+    if sparse:
+        assert cfg.experts is not None
+        return leaves | _experts(cfg.width, cfg.experts, out)
+    return leaves | _mlp(cfg, out)
+
+
+def _norm(size: int) -> Leaf:
+    return Leaf((size,), (None,), None)
+
+
+def _attention(cfg: ModelConfig, out: float) -> dict[str, Leaf]:
+    D, K, G, H = cfg.width, cfg.num_kv_heads, cfg.num_groups, cfg.head_dim
+    leaves = {
+        "q": Leaf((K, G, H, D), ("heads", "groups", None, "embed"), STD),
+        "k": Leaf((K, H, D), ("heads", None, "embed"), STD),
+        "v": Leaf((K, H, D), ("heads", None, "embed"), STD),
+        "o": Leaf((D, K, G, H), ("embed", "heads", "groups", None), out),
     }
     if cfg.qkv_bias:
-        layers["q_bias"] = layer((K, G, H), ("heads", "groups", None), 0.0)
-        layers["k_bias"] = layer((K, H), ("heads", None), 0.0)
-        layers["v_bias"] = layer((K, H), ("heads", None), 0.0)
+        leaves["q_bias"] = Leaf((K, G, H), ("heads", "groups", None), 0.0)
+        leaves["k_bias"] = Leaf((K, H), ("heads", None), 0.0)
+        leaves["v_bias"] = Leaf((K, H), ("heads", None), 0.0)
     if cfg.out_bias:
-        layers["o_bias"] = layer((D,), (None,), 0.0)
-    if cfg.qk_norm:
-        layers["q_norm"] = layer((H,), (None,), None)
-        layers["k_norm"] = layer((H,), (None,), None)
-    if cfg.mlp_bias:
-        layers["gate_bias"] = layer((F,), ("mlp",), 0.0)
-        layers["up_bias"] = layer((F,), ("mlp",), 0.0)
-        layers["down_bias"] = layer((D,), (None,), 0.0)
-    table: Params = {
-        "embed": Leaf((V, D), ("vocab", "embed"), std),
-        "layers": layers,
-        "final_norm": Leaf((D,), (None,), None),
+        leaves["o_bias"] = Leaf((D,), (None,), 0.0)
+    if cfg.qk_norm == "whole":
+        leaves["q_norm"] = Leaf((K, G, H), ("heads", "groups", None), None)
+        leaves["k_norm"] = Leaf((K, H), ("heads", None), None)
+    elif cfg.qk_norm:
+        leaves |= {"q_norm": _norm(H), "k_norm": _norm(H)}
+    return leaves
+
+
+def _latent(cfg: ModelConfig, latent: Latent, out: float) -> dict[str, Leaf]:
+    D, N, C = cfg.width, cfg.num_heads, latent.kv_rank
+    H, value = cfg.head_dim, latent.value_dim
+    if latent.q_rank is None:
+        leaves = {"q": Leaf((N, H, D), ("heads", None, "embed"), STD)}
+    else:
+        leaves = {
+            "q_down": Leaf((latent.q_rank, D), (None, "embed"), STD),
+            "q_down_norm": _norm(latent.q_rank),
+            "q_up": Leaf((N, H, latent.q_rank), ("heads", None, "rank"), STD),
+        }
+    return leaves | {
+        "kv_down": Leaf((C + latent.rope_dim, D), (None, "embed"), STD),
+        "kv_down_norm": _norm(C),
+        "kv_up": Leaf((N, latent.nope_dim + value, C), ("heads", None, "rank"), STD),
+        "o": Leaf((D, N, value), ("embed", "heads", None), out),
     }
-    if not cfg.tied:
-        table["head"] = Leaf((V, D), ("vocab", "embed"), std)
-    return table
+
+
+def _mlp(cfg: ModelConfig, out: float) -> dict[str, Leaf]:
+    D, F = cfg.width, cfg.mlp_width
+    leaves = {
+        "gate": Leaf((F, D), ("mlp", "embed"), STD),
+        "up": Leaf((F, D), ("mlp", "embed"), STD),
+        "down": Leaf((D, F), ("embed", "mlp"), out),
+    }
+    if cfg.mlp_bias:
+        leaves["gate_bias"] = Leaf((F,), ("mlp",), 0.0)
+        leaves["up_bias"] = Leaf((F,), ("mlp",), 0.0)
+        leaves["down_bias"] = Leaf((D,), (None,), 0.0)
+    return leaves
+
+
+def _experts(D: int, experts: Experts, out: float) -> dict[str, Leaf]:
+    E, F, S = experts.count, experts.width, experts.shared_width
+    leaves = {"router": Leaf((E, D), (None, "embed"), STD)}
+    if experts.corrected:
+        leaves["router_bias"] = Leaf((E,), (None,), 0.0)
+    leaves |= {
+        "expert_gate": Leaf((E, F, D), ("experts", None, "embed"), STD),
+        "expert_up": Leaf((E, F, D), ("experts", None, "embed"), STD),
+        "expert_down": Leaf((E, D, F), ("experts", "embed", None), out),
+    }
+    if S:
+        leaves["shared_gate"] = Leaf((S, D), ("mlp", "embed"), STD)
+        leaves["shared_up"] = Leaf((S, D), ("mlp", "embed"), STD)
+        leaves["shared_down"] = Leaf((D, S), ("embed", "mlp"), out)
+    if experts.shared_gate:
+        leaves["shared_router"] = Leaf((1, D), (None, "embed"), STD)
+    return leaves
 
 
 def count_params(cfg: ModelConfig) -> int:
     """Parameters, a tied head counted once."""
     table = param_table(cfg)
-    leaves = [*table.pop("layers").values(), *table.values()]
-    return sum(math.prod(leaf.shape) for leaf in leaves)
+    stacks = [leaf for name in cfg.stacks for leaf in table.pop(name).values()]
+    return sum(math.prod(leaf.shape) for leaf in [*stacks, *table.values()])

@@ -68,10 +68,17 @@ def angles(positions_bt: jax.Array, rope: Rope, head_dim: int) -> tuple[jax.Arra
     return jnp.cos(turn) * rope.attention_factor, jnp.sin(turn) * rope.attention_factor
 
 
-def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates [B, T, ..., H] by the half-split convention of Hugging Face; keeps x's dtype."""
+def rotate(
+    x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], interleaved: bool = False
+) -> jax.Array:
+    """Rotates [B, T, ..., H] by the half-split convention of Hugging Face; keeps x's dtype.
+
+    interleaved: the two numbers of a plane are neighbours in x. They leave half a head apart all
+    the same: queries and keys alike, so that their products are what they should be.
+    """
     cos, sin = for_heads(cos_sin, x.ndim)
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    wide = x.astype(jnp.float32)
+    x1, x2 = (wide[..., ::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 

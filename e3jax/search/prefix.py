@@ -7,6 +7,7 @@ its window which came farthest. And layer 0 is run once for all of them, with no
 gate. Ours, not the paper's; no figure changes by it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from e3jax import mesh
 from e3jax.models import decoder, recompute
-from e3jax.models.config import ModelConfig
+from e3jax.models.config import ModelConfig, Run
 from e3jax.models.decoder import Batch, Params
 from e3jax.models.gate import apply_gate, choose_rows
 from e3jax.training.optim import join_microbatches, split_microbatches
@@ -44,27 +45,36 @@ def hidden_states(
     rows = mesh.out(("batch", None))
     gates_lb = gates_wml.reshape(-1, cfg.num_layers, out_sharding=rows).T
     first = decoder.embed(params, windows.tokens, dtype)
-    one = decoder.applier(windows, cfg, dtype)(decoder.weights_of(params, 0), first, 0)
+    weights = decoder.weights_of(params, cfg.runs[0], 0)
+    one = decoder.applier(windows, cfg, dtype)(weights, first, 0)
     masks = gates_wml.shape[1]
     batch, first, one = jax.tree.map(lambda x: mesh.repeat_rows(x, masks), (windows, first, one))
     apply = decoder.applier(batch, cfg, dtype)
 
-    def gated(h: jax.Array, xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        index, gate_b = xs
-        y = apply(decoder.weights_of(params, index), h, index)
-        return apply_gate(h, y, gate_b), y
+    def step_of(run: Run) -> Callable[..., Any]:
+        def gated(h: jax.Array, xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            index, gate_b = xs
+            y = apply(decoder.weights_of(params, run, index), h, index)
+            return apply_gate(h, y, gate_b), y
 
-    gated = recompute.checkpoint(gated, remat)
+        gated = recompute.checkpoint(gated, remat)
 
-    def step(carry: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, jax.Array]) -> Any:
-        h, tapped = carry
-        h, y = gated(h, xs)
-        if dense:
-            tapped = choose_rows(xs[0] <= tap_b, jax.lax.stop_gradient(y), tapped)
-        return (h, tapped), None
+        def step(carry: tuple[jax.Array, jax.Array], xs: tuple[jax.Array, jax.Array]) -> Any:
+            h, tapped = carry
+            h, y = gated(h, xs)
+            if dense:
+                tapped = choose_rows(xs[0] <= tap_b, jax.lax.stop_gradient(y), tapped)
+            return (h, tapped), None
 
-    start = apply_gate(first, one, gates_lb[0]), one
-    (h, tapped), _ = jax.lax.scan(step, start, (jnp.arange(1, cfg.num_layers), gates_lb[1:]))
+        return step
+
+    state = apply_gate(first, one, gates_lb[0]), one
+    for run in cfg.runs:
+        begin, end = max(run.first, 1), run.first + run.count
+        if begin < end:
+            xs = jnp.arange(begin, end), gates_lb[begin:end]
+            state, _ = jax.lax.scan(step_of(run), state, xs)
+    h, tapped = state
     h = decoder.last_norm(params, h, cfg)
     return h, _dense(params, windows, cfg, tapped, shared_wm, dtype) if dense else None
 
@@ -102,10 +112,14 @@ def _dense(
         batch, h, shared_w = part
         apply = decoder.applier(batch, cfg, dtype)
 
-        def body(index: jax.Array, h: jax.Array) -> jax.Array:
-            return apply(decoder.weights_of(params, index), h, index)
+        for run in cfg.runs:
 
-        return jax.lax.fori_loop(jnp.min(shared_w), cfg.num_layers, body, h)
+            def body(index: jax.Array, h: jax.Array, run: Run = run) -> jax.Array:
+                return apply(decoder.weights_of(params, run, index), h, index)
+
+            end = run.first + run.count
+            h = jax.lax.fori_loop(jnp.clip(jnp.min(shared_w), run.first, end), end, body, h)
+        return h
 
     whole = (windows, h, jnp.max(shared_wm, axis=1))
     parts = _parts(*windows.tokens.shape)

@@ -208,10 +208,10 @@ def _final(
 ) -> jax.Array:
     """Hidden states [B, T, D] after the last norm of the model of layers ids[:count], int32 [L].
     One program for any number of layers."""
-    apply = decoder.applier(batch, cfg, dtype)
+    apply = decoder.by_number(params, cfg, decoder.applier(batch, cfg, dtype))
 
     def step(i: jax.Array, h: jax.Array) -> jax.Array:
-        return apply(decoder.weights_of(params, ids[i]), h, ids[i])
+        return apply(ids[i], h)
 
     h = jax.lax.fori_loop(0, count, step, decoder.embed(params, batch.tokens, dtype))
     return rms_norm(h, params["final_norm"], cfg.norm_eps)

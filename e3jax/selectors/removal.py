@@ -119,12 +119,11 @@ def _removals(
     alive: layer ids, padded, and their count; places: which of them are candidates, likewise. So
     the program is one for all rounds.
     """
-    apply = decoder.applier(dense.batch, cfg, dtype)
+    apply = decoder.by_number(params, cfg, decoder.applier(dense.batch, cfg, dtype))
     (alive_l, alive_count), (place_l, place_count) = alive, places
 
     def run(place: jax.Array, h: jax.Array) -> jax.Array:
-        index = alive_l[place]
-        return apply(decoder.weights_of(params, index), h, index)
+        return apply(alive_l[place], h)
 
     def score(number: jax.Array, state: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
         below, start, sums = state

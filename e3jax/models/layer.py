@@ -1,0 +1,113 @@
+"""One decoder layer: self-attention and the feed-forward network, each behind its norm.
+
+Axes as in decoder.py.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from e3jax.models import latent, moe, recompute, rope
+from e3jax.models.attention import Attend, scaled
+from e3jax.models.config import ModelConfig
+from e3jax.models.norm import norm_rotate, rms_norm
+from e3jax.models.params import Params
+from e3jax.models.product import project
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+}
+
+
+def layer(
+    w: Params,
+    h_btd: jax.Array,
+    cos_sin: tuple[jax.Array, jax.Array],
+    attend: Attend,
+    cfg: ModelConfig,
+    *,
+    absorbed: bool = False,
+) -> jax.Array:
+    """One decoder layer, residual stream in and out; `w` has no layer axis.
+
+    attend: knows who sees whom, and in decoding the keys that came before. absorbed: what latent
+    attention gives it are latent vectors (latent.py).
+    """
+    x = rms_norm(h_btd, w["attn_norm"], cfg.norm_eps)
+    if cfg.latent is not None:
+        y = latent.attention(w, x, cos_sin, attend, cfg, absorbed=absorbed)
+    else:
+        y = attention(w, x, cos_sin, attend, cfg)
+    h_btd = recompute.keep(h_btd + y)
+    x = rms_norm(h_btd, w["mlp_norm"], cfg.norm_eps)
+    y = feed_forward(w, x, cfg)
+    return recompute.keep(h_btd + y)
+
+
+def attention(
+    w: Params,
+    x_btd: jax.Array,
+    cos_sin: tuple[jax.Array, jax.Array],
+    attend: Attend,
+    cfg: ModelConfig,
+) -> jax.Array:
+    """Self-attention with grouped queries."""
+    q = project("btd,kghd->btkgh", x_btd, w["q"], ("batch", None, "heads", "groups", None))
+    k = project("btd,khd->btkh", x_btd, w["k"], ("batch", None, "heads", None))
+    v = project("btd,khd->btkh", x_btd, w["v"], ("batch", None, "heads", None))
+    if cfg.qkv_bias:
+        q, k, v = (
+            y + w[f"{n}_bias"].astype(y.dtype) for n, y in zip("qkv", (q, k, v), strict=True)
+        )
+    q, k, v = map(recompute.keep, (q, k, v))  # before the norm, whose backward asks for its input
+    if cfg.qk_norm == "whole":
+        q = rms_norm(q, w["q_norm"], cfg.norm_eps, axes=3)
+        k = rms_norm(k, w["k_norm"], cfg.norm_eps, axes=2)
+    if cfg.qkv_clip is not None:
+        q, k, v = (jnp.clip(y, -cfg.qkv_clip, cfg.qkv_clip) for y in (q, k, v))
+    if cfg.qk_norm is True:
+        q = norm_rotate(q, w["q_norm"], cos_sin, cfg.norm_eps)
+        k = norm_rotate(k, w["k_norm"], cos_sin, cfg.norm_eps)
+    else:
+        q, k = (rope.rotate(x, cos_sin, cfg.rope.interleaved) for x in (q, k))
+    y = attend(scaled(q, cfg), k, v)
+    y = project("btnxy,dnxy->btd", y, w["o"], ("batch", None, None))
+    return y + w["o_bias"].astype(y.dtype) if cfg.out_bias else y
+
+
+def feed_forward(w: Params, x_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """The layer's experts, with what all tokens share, or its mlp."""
+    activation = ACTIVATIONS[cfg.activation]
+    if "router" not in w:
+        return mlp(w, x_btd, cfg)
+    assert cfg.experts is not None
+    y = moe.mixture(w, x_btd, cfg.experts, activation)
+    if cfg.experts.shared_width:
+        y = y + moe.shared(w, x_btd, gated(w, x_btd, "shared_", activation))
+    return y
+
+
+def mlp(w: Params, x_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """Gated feed-forward network."""
+    return gated(w, x_btd, "", ACTIVATIONS[cfg.activation])
+
+
+def gated(w: Params, x_btd: jax.Array, prefix: str, activation: Callable) -> jax.Array:
+    """down(activation(gate x) * up x) of the matrices whose names begin with `prefix`."""
+
+    def with_bias(y: jax.Array, name: str) -> jax.Array:
+        bias = w.get(f"{prefix}{name}_bias")
+        return y if bias is None else y + bias.astype(y.dtype)
+
+    def wide(name: str) -> jax.Array:
+        y = project("btd,fd->btf", x_btd, w[prefix + name], ("batch", None, "mlp"))
+        return recompute.keep_large(with_bias(y, name))
+
+    y = activation(wide("gate")) * wide("up")
+    y = project("btf,df->btd", y, w[f"{prefix}down"], ("batch", None, None))
+    return with_bias(y, "down")

@@ -1,0 +1,232 @@
+"""Every family against transformers in float32, by the features that only some of them have."""
+
+import gzip
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from e3jax import mesh
+from e3jax.hf.cut import cut_config
+from e3jax.hf.export import export
+from e3jax.hf.families import FAMILIES, from_hf, read_config
+from e3jax.hf.folders import source_dtype
+from e3jax.hf.load import load_params
+from e3jax.hf.tensors import tensor_table
+from e3jax.models import decoder
+from e3jax.models.generate import generate, make_greedy
+from hf_tiny import (
+    SHARED,
+    assert_same_logits,
+    edit_json,
+    model_logits,
+    our_logits,
+    random_tokens,
+    rewrite,
+    save_tiny,
+    torch_logits,
+)
+
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+CASES = {
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
+    "qwen3_moe-plain": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": False}),
+    "qwen3_moe-dense-inside": ("qwen3_moe", {**EXPERTS, "mlp_only_layers": [1]}),
+    "qwen3_moe-step": ("qwen3_moe", {**EXPERTS, "decoder_sparse_step": 2, "num_hidden_layers": 4}),
+    "qwen2_moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 40}),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "mixtral-window": ("mixtral", {"num_local_experts": 4, "sliding_window": 8}),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "clip_qkv": 0.5}),
+    "olmoe-normalised": (
+        "olmoe",
+        {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    ),
+    "deepseek_v2": ("deepseek_v2", LATENT),
+    "deepseek_v2-lite": ("deepseek_v2", {**LATENT, "q_lora_rank": None}),
+    "deepseek_v2-groups": (
+        "deepseek_v2",
+        {
+            **LATENT,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 4.0,
+            "rope_parameters": YARN,
+        },
+    ),
+    "deepseek_v3": ("deepseek_v3", {**LATENT, "n_group": 4, "topk_group": 2}),
+    "deepseek_v3-yarn": (
+        "deepseek_v3",
+        {**LATENT, "n_group": 1, "topk_group": 1, "q_lora_rank": None, "rope_parameters": YARN},
+    ),
+    "deepseek_v3-halves": (
+        "deepseek_v3",
+        {**LATENT, "n_group": 2, "topk_group": 1, "rope_interleave": False},
+    ),
+}
+cases = pytest.mark.parametrize(("family", "changes"), CASES.values(), ids=CASES)
+
+
+@cases
+def test_logits_equal_transformers(tmp_path, family, changes):
+    folder = save_tiny(tmp_path, family, **changes)
+    tokens = random_tokens(96, 40)  # past every window and original context
+    assert_same_logits(our_logits(folder, tokens), torch_logits(folder, tokens))
+
+
+@cases
+def test_greedy_answers_equal_transformers(tmp_path, family, changes):
+    """With the cache, which for latent attention holds what transformers' does not."""
+    folder = save_tiny(tmp_path, family, **changes)
+    cfg = read_config(folder)
+    prompts = random_tokens(96, 13)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        theirs = model.generate(
+            torch.as_tensor(prompts), max_new_tokens=16, do_sample=False, eos_token_id=None
+        )[:, 13:]
+    greedy = make_greedy(cfg, dtype=jnp.float32, max_new_tokens=16, eos=())
+    ours = list(generate(greedy, load_params(folder, cfg), prompts.tolist(), 2))
+    assert ours == theirs.tolist()
+    assert len({tuple(row) for row in ours}) == 2
+
+
+def cut_of(cfg):
+    """Layers to keep: not all, and of every kind that the model has."""
+    return [0, *range(2, cfg.num_layers)] if cfg.num_layers > 2 else [1]
+
+
+@cases
+def test_export_is_loaded_by_transformers(tmp_path, family, changes):
+    folder = save_tiny(tmp_path / "whole", family, **changes)
+    cfg = read_config(folder)
+    keep = cut_of(cfg)
+    params = decoder.take_layers(load_params(folder, cfg), cfg, keep)
+    out = export(params, keep, cfg.take_layers(keep), folder, tmp_path / "cut", card="")
+    tokens = random_tokens(96, 40)
+    assert_same_logits(
+        model_logits(params, cfg.take_layers(keep), tokens), torch_logits(out, tokens)
+    )
+    config = json.loads((out / "config.json").read_text())
+    assert "auto_map" not in config and config["num_hidden_layers"] == len(keep)
+
+
+def batch_of(tokens):
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    fields = [jnp.asarray(x, jnp.int32) for x in (tokens, positions, np.ones_like(tokens), tokens)]
+    return decoder.Batch(*fields, jnp.ones(tokens.shape, bool))
+
+
+KINDS = ["qwen3_moe-dense-inside", "deepseek_v3", "olmoe"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_masked_model_is_the_sliced_model_bit_for_bit(tmp_path, name, dtype):
+    """Across stacks of different kinds, gates and layer numbers alike."""
+    family, changes = CASES[name]
+    folder = save_tiny(tmp_path, family, **{**changes, "num_hidden_layers": 4})
+    cfg = read_config(folder)
+    params, batch = load_params(folder, cfg), batch_of(random_tokens(96, 12))
+    run = jax.jit(decoder.hidden, static_argnames=("cfg", "dtype", "remat"))
+    for keep in ([0, 3], [1, 2, 3], [1], [3]):
+        gates = jnp.zeros((2, 4)).at[:, jnp.array(keep)].set(1.0)
+        masked = run(params, batch, cfg, dtype=dtype, gates_bl=gates, remat="layer")
+        by_number = run(params, batch, cfg, dtype=dtype, layer_ids=jnp.array(keep), remat="none")
+        cut = decoder.take_layers(params, cfg, keep)
+        sliced = run(cut, batch, cfg.take_layers(keep), dtype=dtype, remat="none")
+        np.testing.assert_array_equal(masked, sliced)
+        np.testing.assert_array_equal(by_number, sliced)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_absent_keys_mean_transformers_defaults(family):
+    """The model of an empty config.json has as many parameters as transformers'."""
+    if FAMILIES[family].exported_as:
+        pytest.skip("another name, which transformers does not know")
+    hf = transformers.AutoConfig.for_model(family)
+    given = {"num_experts_per_tok": 2} if family == "deepseek_v2" else {}  # has no default
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(hf)
+    corrected = {name: b for name, b in model.named_buffers() if "correction_bias" in name}
+    theirs = sum(w.numel() for w in [*model.parameters(), *corrected.values()])
+    assert decoder.count_params(from_hf({"model_type": family, **given}, "x")) == theirs
+
+
+def test_deepseek_r1(tmp_path):
+    """Its real configuration and tensor names: all read but scales and the layer that drafts."""
+    folder = SHARED / "configs" / "deepseek-ai--DeepSeek-R1"
+    if not folder.exists():
+        pytest.skip("no ../shared/configs")
+    cfg = read_config(folder)
+    names = set(json.loads(gzip.decompress((folder / "tensor_names.json.gz").read_bytes())))
+    names = {n for n in names if not n.startswith("model.layers.61.")}
+    assert {t.name for t in tensor_table(cfg)} == {n for n in names if not n.endswith("_scale_inv")}
+    assert cfg.dense == (0, 1, 2) and decoder.count_params(cfg) == 671_026_419_200
+    cut = cut_config(json.loads((folder / "config.json").read_text()), [0, 2, *range(10, 61)])
+    assert cut["first_k_dense_replace"] == 2 and "auto_map" not in cut
+
+
+def test_fp8_blocks_are_dequantised(tmp_path):
+    """Float8 with a scale for each 128 x 128 block, as DeepSeek stores it; sizes not multiples."""
+    sizes = {"hidden_size": 160, "intermediate_size": 200, "num_hidden_layers": 2}
+    folder = save_tiny(tmp_path / "fp8", "qwen3", torch.bfloat16, **sizes)
+    whole = {n: t.float() for n, t in load_file(folder / "model.safetensors").items()}
+
+    def quantise(tensors):
+        for name in [n for n in tensors if "proj.weight" in n]:
+            rows, columns = (-(-size // 128) for size in tensors[name].shape)
+            scale = torch.rand(rows, columns) + 0.5
+            each = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+            each = each[: tensors[name].shape[0], : tensors[name].shape[1]]
+            tensors[name] = (tensors[name].float() / each).to(torch.float8_e4m3fn)
+            tensors[name + "_scale_inv"] = scale
+            whole[name] = tensors[name].float() * each
+
+    rewrite(folder, quantise)
+    quantized = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    edit_json(folder / "config.json", lambda c: c.update(quantization_config=quantized))
+    assert source_dtype(folder) == "bfloat16"
+    cfg = read_config(folder)
+    params = load_params(folder, cfg, jnp.float32)
+    for i in range(2):
+        for leaf, name in (("gate", "mlp.gate_proj"), ("o", "self_attn.o_proj")):
+            want = whole[f"model.layers.{i}.{name}.weight"].numpy()
+            np.testing.assert_array_equal(params["layers"][leaf][i].reshape(want.shape), want)
+    with jax.set_mesh(mesh.make_mesh(2, 2, 2)):
+        spread = load_params(folder, cfg, jnp.float32)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(spread), jax.device_get(params))
+    out = export(params, [0, 1], cfg, folder, tmp_path / "out", card="")
+    config = json.loads((out / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == "bfloat16"
+    assert_same_logits(
+        our_logits(out, random_tokens(96, 9)), torch_logits(out, random_tokens(96, 9))
+    )
