@@ -32,7 +32,7 @@ CALIBRATION_WINDOWS = 64  # whose mean teacher entropy is the H of the token wei
 
 def survivors(job_: Job, mask: Mask) -> Params:
     """The layers that a mask keeps, with what it merges into them."""
-    whole = laco.merge(job_.params, mask.merges) if mask.merges else job_.params
+    whole = laco.merge(job_.params, job_.cfg, mask.merges) if mask.merges else job_.params
     return decoder.take_layers(whole, job_.cfg, mask.keep)
 
 

@@ -18,8 +18,9 @@ from e3jax.selectors import laco
 from e3jax.selectors.selection import Task
 from hf_tiny import random_tokens, save_tiny
 from selectors_tiny import as_batch, make_tiny
+from sharded_tiny import MODELS, numbers
 from test_selectors_similarity import calibrate, documents
-from training_tiny import set_mesh
+from training_tiny import CFG, set_mesh
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 LAYERS = 7
@@ -61,14 +62,36 @@ def last_states(model, layers, texts) -> list[torch.Tensor]:
 def hand_sweep(similarity, layers=10, threshold=-1.0, **changes):
     options = {"size": 3, "lowest": 0, "highest": layers - 1, "interval": 2, "released": False}
     options |= {"protect": frozenset(), "most": layers} | changes
+    options = {"stacks": (range(layers),)} | options
     return laco._sweep(similarity, num_layers=layers, threshold=threshold, **options)
+
+
+def test_only_layers_that_are_alike_merge():
+    """Layers 0 to 3 are dense and the others have experts."""
+    found = hand_sweep(lambda *_: 0.5, stacks=(range(4), range(4, 10)), interval=1)
+    for into, gone in found.merges:
+        assert len({layer < 4 for layer in (into, *gone)}) == 1
+    assert found.keep == (0, 4, 9)
+
+
+def test_merge_in_a_model_of_two_stacks():
+    cfg = MODELS["sparse"]  # layer 0 is dense
+    params = numbers("sparse")
+    merged = laco.merge(jax.tree.map(jnp.asarray, params), cfg, ((1, (3,)),))
+    jax.tree.map(np.testing.assert_array_equal, merged["dense_layers"], params["dense_layers"])
+    for name, w in params["layers"].items():
+        want = w if name in laco.NORMS else np.stack([w[2], w[1], w[2]])
+        np.testing.assert_array_equal(merged["layers"][name], want, err_msg=name)
+
+
+FIVE = dataclasses.replace(CFG, num_layers=5, windows=(None,) * 5)
 
 
 def test_merge_by_hand():
     """Sums in float32, later merges of what earlier ones made, norms and the input untouched."""
     values = jnp.asarray([1.0, 1.0, 256.0, 1.0, 8.0], jnp.bfloat16)[:, None]
     params = {"layers": {"q": values, "attn_norm": values, "mlp_norm": values}, "embed": values}
-    merged = laco.merge(params, ((1, (2, 3)), (0, (1, 4))))
+    merged = laco.merge(params, FIVE, ((1, (2, 3)), (0, (1, 4))))
     # 256 + 1 - 1 by way of 257, which bfloat16 has not; then 256 + 8 - 1 rounded to 264.
     want = jnp.asarray([264.0, 256.0, 256.0, 1.0, 8.0], jnp.bfloat16)[:, None]
     assert merged["layers"]["q"].dtype == jnp.bfloat16
@@ -80,7 +103,7 @@ def test_merge_by_hand():
 
 def test_one_merged_layer_replaces_to_the_bit():
     weights = jax.random.normal(jax.random.key(0), (4, 64)) * jnp.asarray([[1e6], [1], [1], [1e-6]])
-    merged = laco.merge({"layers": {"q": weights}}, ((0, (3,)),))
+    merged = laco.merge({"layers": {"q": weights}}, FIVE, ((0, (3,)),))
     np.testing.assert_array_equal(merged["layers"]["q"][0], weights[3])
 
 
@@ -95,7 +118,7 @@ def test_merge_is_that_of_state_dicts(tmp_path, family):
     if family != "llama":
         model.config.layer_types = model.config.layer_types[:2]
     model.float().save_pretrained(tmp_path / "merged")
-    params = laco.merge(load_params(folder, cfg, jnp.float32), ((1, (2, 3)),))
+    params = laco.merge(load_params(folder, cfg, jnp.float32), cfg, ((1, (2, 3)),))
     want = load_params(tmp_path / "merged", cfg.take_layers((0, 1)), jnp.float32)
     ours = decoder.take_layers(params, cfg, (0, 1))
     assert jax.tree.structure(ours) == jax.tree.structure(want)
@@ -230,7 +253,7 @@ def test_eight_devices_give_what_one_does(tiny, axes):
         specs = decoder.abstract_params(calibration.cfg)
         params = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, specs)
         eight = laco.sweep(dataclasses.replace(calibration, params=params), -1.0, size=3)
-        merged = laco.merge(params, one.merges)
+        merged = laco.merge(params, calibration.cfg, one.merges)
         places = jax.tree.map(
             lambda x, a: x.sharding.is_equivalent_to(a.sharding, x.ndim), merged, specs
         )

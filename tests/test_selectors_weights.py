@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from e3jax.errors import UserError
-from e3jax.models.params import param_table
 from e3jax.selectors import fixed, weights
 from e3jax.selectors.selection import Calibration, Task
 from selectors_tiny import as_batch, make_tiny
@@ -54,11 +53,6 @@ def torch_taylor(model, texts) -> np.ndarray:
         count += len(ids) - 1
     (total / count).backward()
     return torch_sums(model, lambda w: w.detach() * w.grad)
-
-
-def test_names_are_all_matrices():
-    table = param_table(MODELS["odd"])["layers"]
-    assert set(weights.MATRICES) == {n for n in table if not n.endswith(("_norm", "_bias"))}
 
 
 def test_magnitude(tiny):
@@ -145,10 +139,23 @@ def test_bfloat16_parameters_are_added_up_in_float32():
     np.testing.assert_allclose(often, once, rtol=1e-5)
     found = weights.magnitude(calibrate(params, cfg, []), Task(4, 3)).scores
     layers = params["layers"]
-    want = sum(
-        np.abs(np.asarray(layers[n], np.float64)).reshape(4, -1).sum(1) for n in weights.MATRICES
-    )
+    names = ("q", "k", "v", "o", "gate", "up", "down")
+    want = sum(np.abs(np.asarray(layers[n], np.float64)).reshape(4, -1).sum(1) for n in names)
     np.testing.assert_allclose(found, want, rtol=1e-5)
+
+
+def test_layers_of_two_stacks():
+    """Experts and the router count, norms and biases do not; layers keep their numbers."""
+    cfg, params = MODELS["sparse"], numbers("sparse")
+    found = weights.magnitude(calibrate(params, cfg, []), Task(4, 3)).scores
+    want = np.zeros(4)
+    for stack, ids in (("dense_layers", [0]), ("layers", [1, 2, 3])):
+        for name, w in params[stack].items():
+            if "norm" not in name and "bias" not in name:
+                want[ids] += np.abs(w).reshape(len(ids), -1).sum(1)
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+    scores = weights.taylor_scores(calibrate(params, cfg, [random_batch(0)]))
+    assert scores.shape == (4,) and (scores > 0).all()
 
 
 def nothing(seed: int = 0) -> Calibration:

@@ -50,6 +50,7 @@ EVERY_MESH = cases("""
 1x4x2 odd
 2x2x2 odd
 1x2x4 even
+1x4x2 sparse
 """)
 
 
@@ -104,6 +105,7 @@ search_is_the_same = same_as_one_device(search_step, check_search)
 1x2x4 even mixed
 2x2x2 odd score
 1x4x2 even straight-through
+1x2x4 sparse mixed
 """)
 def test_search_step(sizes, name, case):
     search_is_the_same(sizes, name, case)
@@ -201,6 +203,7 @@ train_is_the_same = same_as_one_device(train_step, check_train)
 1x2x4 odd stored
 1x4x2 even plain
 2x2x2 odd plain
+2x2x2 sparse online
 """)
 def test_train_step(sizes, name, case):
     train_is_the_same(sizes, name, case)

@@ -12,7 +12,7 @@ and does not go back up to where a whole merge fits below the last layer: the `r
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -80,25 +80,30 @@ def sweep(
         released=released,
         protect=frozenset(),
         most=layers,
+        stacks=tuple(calibration.cfg.stacks.values()),
     )
     return _counted(calibration, find)
 
 
-def merge(params: Params, merges: Iterable[Merge]) -> Params:
-    """The dense model's parameters with `merges` done: still L layers a stack, of which
+def merge(params: Params, cfg: ModelConfig, merges: Iterable[Merge]) -> Params:
+    """The dense model's parameters with `merges` done: still all layers, of which
     `decoder.take_layers` takes those that stay.
 
     merges: as in Selection, in order: a later one finds the weights that earlier ones made. Each is
-      summed in float32 and rounded to the dtype of the parameters.
+      of layers that are alike, summed in float32 and rounded to the dtype of the parameters.
     """
-    layers = jax.tree.map(jnp.copy, params["layers"])  # _collapse works in place
+    stacks = {name: jax.tree.map(jnp.copy, params[name]) for name in cfg.stacks}  # see _collapse
     for into, merged in merges:
-        layers = _collapse(layers, into, merged)
-    return {**params, "layers": layers}
+        name, ids = next((name, ids) for name, ids in cfg.stacks.items() if into in ids)
+        places = tuple(ids.index(i) for i in merged)
+        stacks[name] = _collapse(stacks[name], ids.index(into), places)
+    return params | stacks
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _collapse(layers: Params, into: int, merged: tuple[int, ...]) -> Params:
+    """One merge, by places in the stack, in its memory."""
+
     def changed(stack: jax.Array) -> jax.Array:
         # theta_l collected: so one merged layer replaces it to the bit.
         total = sum(stack[i].astype(jnp.float32) for i in merged)
@@ -109,6 +114,8 @@ def _collapse(layers: Params, into: int, merged: tuple[int, ...]) -> Params:
 
 
 def _of_task(calibration: Calibration, task: Task, name: str, released: bool) -> Selection:
+    stacks = tuple(calibration.cfg.stacks.values())
+
     def find(similarity: Similarity) -> Selection:
         reached = 0
         for threshold in THRESHOLDS:
@@ -123,6 +130,7 @@ def _of_task(calibration: Calibration, task: Task, name: str, released: bool) ->
                 released=released,
                 protect=task.protect,
                 most=task.remove,
+                stacks=stacks,
             )
             if len(found.order) == task.remove:
                 check_fixed(task, found.order, name)
@@ -148,14 +156,18 @@ def _sweep(
     released: bool,
     protect: frozenset[int],
     most: int,
+    stacks: Sequence[Sequence[int]],
 ) -> Selection:
-    """Algorithm 1 of the paper, until `most` layers are gone."""
+    """Algorithm 1 of the paper, until `most` layers are gone. Only layers of one of the `stacks`,
+    which are alike, merge."""
     layers = tuple(range(num_layers))
     order, scores, merges = (), (), ()
     place = highest - size
     while place >= lowest and len(order) < most:
         free = itertools.takewhile(lambda i: i not in protect, layers[place : place + size])
-        into, gone = next(free, None), tuple(free)[: most - len(order)]
+        into = next(free, None)
+        alike = next((ids for ids in stacks if into in ids), ())
+        gone = tuple(itertools.takewhile(lambda i: i in alike, free))[: most - len(order)]  # noqa: B023
         place -= 1
         if into is None or not gone:
             continue
@@ -186,7 +198,7 @@ def _counted(calibration: Calibration, find: Callable[[Similarity], Selection]) 
 
     @functools.cache  # thresholds share the trials until their first difference
     def similarity(merges: tuple[Merge, ...], layers: tuple[int, ...]) -> float:
-        collapsed = merge(params, merges)
+        collapsed = merge(params, cfg, merges)
         sums = [
             _cosines(states(collapsed, batch, layers), h, batch.segments)
             for batch, h in zip(batches, dense, strict=True)

@@ -21,12 +21,11 @@ from e3jax.progress import over
 from e3jax.selectors import selection
 from e3jax.selectors.selection import Calibration, Selection, Task
 
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-
 
 def magnitude(calibration: Calibration, task: Task) -> Selection:
     """The layers of least sum |W|: a control, which looks at no data. scores: that sum."""
-    return selection.lowest(task, _absolute_sums(_matrices(calibration.params)))
+    cfg = calibration.cfg
+    return selection.lowest(task, _absolute_sums(cfg, matrices(calibration.params, cfg)))
 
 
 def taylor(calibration: Calibration, task: Task) -> Selection:
@@ -57,13 +56,14 @@ def taylor_scores(calibration: Calibration) -> np.ndarray:
     G is added up, signed, over all of the calibration data: a float32 copy of the layers' matrices,
     beside which there is one batch's gradient in the parameters' dtype.
     """
-    params, total, count = calibration.params, _zeros(_matrices(calibration.params)), 0
+    params, cfg, count = calibration.params, calibration.cfg, 0
+    total = _zeros(matrices(params, cfg))
     objective = losses.Objective(chunk=calibration.chunk)
-    options = {"cfg": calibration.cfg, "dtype": calibration.dtype, "objective": objective}
+    options = {"cfg": cfg, "dtype": calibration.dtype, "objective": objective}
     for batch in over("gradients", calibration.batches, len(calibration.batches)):
         total, predictions = _add_gradient(total, params, mesh.shard_batch(batch), **options)
         count += int(predictions)
-    return _absolute_sums(_matrices(params), total) / max(count, 1)
+    return _absolute_sums(cfg, matrices(params, cfg), total) / max(count, 1)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "dtype", "objective"), donate_argnames="total")
@@ -78,31 +78,38 @@ def _add_gradient(
 ) -> tuple[Params, jax.Array]:
     """total + the gradient of the sum of the tokens' losses; and the number of those tokens."""
 
-    def loss(matrices: Params) -> jax.Array:
-        model = {**params, "layers": {**params["layers"], **matrices}}
+    def loss(stacks: Params) -> jax.Array:
+        model = params | {name: params[name] | found for name, found in stacks.items()}
         h = decoder.hidden(model, batch, cfg, dtype=dtype)
         head = decoder.head(params, cfg)
         return losses.token_sums(
             h, head, batch.targets, batch.mask, None, objective, frozen_head=True
         )[0]
 
-    gradient = jax.grad(loss)(_matrices(params))
+    gradient = jax.grad(loss)(matrices(params, cfg))
     return jax.tree.map(jnp.add, total, gradient), jnp.sum(batch.mask)
 
 
 @jax.jit
-def _zeros(matrices: Params) -> Params:
-    return jax.tree.map(functools.partial(jnp.zeros_like, dtype=jnp.float32), matrices)
+def _zeros(stacks: Params) -> Params:
+    return jax.tree.map(functools.partial(jnp.zeros_like, dtype=jnp.float32), stacks)
 
 
-def _matrices(params: Params) -> Params:
-    return {name: params["layers"][name] for name in MATRICES}
+def matrices(params: Params, cfg: ModelConfig) -> Params:
+    """Of every stack of layers all parameters but norms and biases."""
+    return {
+        stack: {name: w for name, w in params[stack].items() if not name.endswith(("norm", "bias"))}
+        for stack in cfg.stacks
+    }
 
 
-def _absolute_sums(*factors: Params) -> np.ndarray:
+def _absolute_sums(cfg: ModelConfig, *factors: Params) -> np.ndarray:
     """sum |product of the factors' elements| of each layer, float64 [L]."""
-    by_matrix = _absolute_sums_by_matrix(*factors)
-    return np.sum([np.asarray(s, np.float64) for s in jax.tree.leaves(by_matrix)], axis=0)
+    by_matrix, total = _absolute_sums_by_matrix(*factors), np.zeros(cfg.num_layers)
+    for stack, ids in cfg.stacks.items():
+        found = [np.asarray(s, np.float64) for s in by_matrix[stack].values()]
+        total[list(ids)] = np.sum(found, axis=0)
+    return total
 
 
 @jax.jit
