@@ -117,6 +117,10 @@ class ModelConfig:
         stacks = {"dense_layers": self.dense, "layers": sparse}
         return {name: ids for name, ids in stacks.items() if ids}
 
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return self.experts is not None and layer not in self.dense
+
     @property
     def rope_dim(self) -> int:
         """How many numbers of a head's queries and keys are turned by their position."""

@@ -20,7 +20,7 @@ from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Params
 from e3jax.models.norm import rms_norm
 
-Cache = tuple[jax.Array, jax.Array]  # keys and values, in the order of `cache_order`
+Cache = tuple[jax.Array, ...]  # keys, and values unless they are a part of them; see `cache_order`
 TOGETHER = 128  # tokens a row that one call decodes; in between the host can speak and stop
 
 
@@ -81,6 +81,12 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
     width_of_key = cfg.head_dim if cfg.latent is None else cfg.latent.kv_rank + cfg.latent.rope_dim
     apply = partial(decoder.layer, cfg=cfg, absorbed=True)
 
+    def stored(k: jax.Array, v: jax.Array) -> Cache:
+        return (k, v) if cfg.latent is None else (k,)
+
+    def values(cache: Sequence[jax.Array]) -> jax.Array:
+        return cache[1] if cfg.latent is None else cache[0][..., : cfg.latent.kv_rank]
+
     def next_token(weights: Params, h_btd: jax.Array) -> jax.Array:
         h = rms_norm(h_btd[:, -1:], weights["final_norm"], cfg.norm_eps)
         scores = decoder.logits(weights, h, cfg)[:, 0]
@@ -104,8 +110,7 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
             def see(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
                 nonlocal found
                 longer = [(0, max_new_tokens if axis == 1 else 0) for axis in order]
-                k_cache, v_cache = (jnp.pad(x.transpose(order), longer) for x in (k, v))
-                found = k_cache, v_cache
+                found = tuple(jnp.pad(x.transpose(order), longer) for x in stored(k, v))
                 return among_prompt(kind, q, k, v)
 
             h = apply(w, h, cos_sin, see)
@@ -158,11 +163,11 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
                 stacked = (None,) * len(layer)
                 cache = tuple(
                     jax.lax.dynamic_update_slice(old, new.transpose(order)[stacked], at)
-                    for old, new in zip(cache, (k, v), strict=True)
+                    for old, new in zip(cache, stored(k, v), strict=True)
                 )
                 seen = cache if not layer else (stack[layer[0]] for stack in cache)
-                keys, values = (_by_head(x, order) for x in seen)
-                return attend_by_head(q, keys, values, select_mask(kind, masks))
+                seen = [_by_head(x, order) for x in seen]
+                return attend_by_head(q, seen[0], values(seen), select_mask(kind, masks))
 
             h = apply(w, h, cos_sin, see)
             return h, cache

@@ -28,7 +28,7 @@ def param_table(cfg: ModelConfig) -> Params:
     D, V = cfg.width, cfg.vocab_size
     table: Params = {"embed": Leaf((V, D), ("vocab", "embed"), STD)}
     for name, ids in cfg.stacks.items():
-        leaves = layer_table(cfg, sparse=cfg.experts is not None and ids[0] not in cfg.dense)
+        leaves = layer_table(cfg, sparse=cfg.is_sparse(ids[0]))
         table[name] = {
             key: Leaf((len(ids), *leaf.shape), (None, *leaf.axes), leaf.init)
             for key, leaf in leaves.items()
@@ -134,3 +134,24 @@ def count_params(cfg: ModelConfig) -> int:
     table = param_table(cfg)
     stacks = [leaf for name in cfg.stacks for leaf in table.pop(name).values()]
     return sum(math.prod(leaf.shape) for leaf in [*stacks, *table.values()])
+
+
+def active_params(cfg: ModelConfig) -> int:
+    """Those that a token meets: of the experts the ones that it is sent to."""
+    idle = 0
+    if cfg.experts is not None:
+        E, k = cfg.experts.count, cfg.experts.per_token
+        leaves = layer_table(cfg, sparse=True)
+        each = sum(math.prod(leaf.shape) for name, leaf in leaves.items() if is_expert(name))
+        idle = (cfg.num_layers - len(cfg.dense)) * each * (E - k) // E
+    return count_params(cfg) - idle
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter is one of an expert, of which a token is sent to some only."""
+    return name.startswith("expert_")
+
+
+def is_feed_forward(name: str) -> bool:
+    """Whether a parameter of a layer is one of its mlp or its experts, norms apart."""
+    return name.startswith(("gate", "up", "down", "router", "expert_", "shared_"))

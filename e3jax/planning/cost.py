@@ -6,10 +6,17 @@ products at the chip's peak, traffic with its memory, and what the mesh makes ch
 """
 
 import dataclasses
+import math
 
 from e3jax import config
 from e3jax.models.config import ModelConfig
-from e3jax.models.decoder import count_params
+from e3jax.models.params import (
+    active_params,
+    count_params,
+    is_expert,
+    is_feed_forward,
+    layer_table,
+)
 from e3jax.planning.chips import Topology
 from e3jax.search.search import resolve_keep
 
@@ -70,18 +77,34 @@ def keys_seen(time: int, window: int | None, *, dense: bool = False) -> float:
 
 
 def layer_flops(
-    cfg: ModelConfig, time: int, window: int | None = None, *, dense: bool = False
+    cfg: ModelConfig, time: int, layer: int, *, dense: bool = False
 ) -> tuple[float, float, float]:
-    """Floating-point operations a token of one layer forward: projections, attention, mlp."""
-    queries, keys = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    projections = 2 * cfg.width * (2 * queries + 2 * keys)
-    attention = 4 * queries * keys_seen(time, window, dense=dense)
-    return projections, attention, 6 * cfg.width * cfg.mlp_width
+    """Floating-point operations a token of one layer forward: projections, attention, and mlp or
+    the experts that it is sent to."""
+    products, experts = [0.0, 0.0], cfg.experts
+    taken = 1.0 if experts is None else experts.per_token / experts.count
+    for name, leaf in layer_table(cfg, sparse=cfg.is_sparse(layer)).items():
+        if len(leaf.shape) > 1 and not name.endswith(("norm", "bias")):
+            share = taken if is_expert(name) else 1.0
+            products[is_feed_forward(name)] += 2 * share * math.prod(leaf.shape)
+    values = cfg.latent.value_dim if cfg.latent else cfg.head_dim
+    seen = keys_seen(time, cfg.windows[layer], dense=dense)
+    attention = 2 * cfg.num_heads * (cfg.head_dim + values) * seen
+    return products[0], attention, products[1]
 
 
 def body_flops(cfg: ModelConfig, time: int, *, dense: bool = False) -> float:
     """Of all layers, a token, forward."""
-    return sum(sum(layer_flops(cfg, time, window, dense=dense)) for window in cfg.windows)
+    return sum(sum(layer_flops(cfg, time, i, dense=dense)) for i in range(cfg.num_layers))
+
+
+def feed_forward_width(cfg: ModelConfig) -> float:
+    """F of the mlp, or of the experts that a token is sent to: the mean of the layers."""
+    experts, sparse = cfg.experts, cfg.num_layers - len(cfg.dense)
+    if experts is None:
+        return cfg.mlp_width
+    of_sparse = experts.per_token * experts.width + experts.shared_width
+    return (sparse * of_sparse + len(cfg.dense) * cfg.mlp_width) / cfg.num_layers
 
 
 def head_flops(cfg: ModelConfig) -> float:
@@ -94,7 +117,7 @@ def recomputed(cfg: ModelConfig, time: int, remat: str, *, gated: bool) -> float
 
     gated: it asks for what comes out of a layer, else the last product of each is not repeated.
     """
-    product = 2 * cfg.num_layers * cfg.width * cfg.mlp_width
+    product = 2 * cfg.num_layers * cfg.width * feed_forward_width(cfg)
     again = {
         "none": 0.0,
         "elementwise": 0.0,
@@ -154,15 +177,21 @@ def activation_bytes(
     """
     size = 2 if run.model.dtype == "bfloat16" else WIDE
     queries, keys = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    whole, shared = cfg.width, 0  # the residual stream into the layer
+    mlp, latent = feed_forward_width(cfg), cfg.latent
+    whole, shared = cfg.width, 0.0  # the residual stream into the layer
     if run.model.remat in ("selective", "elementwise"):
         whole, shared = (2 if trained else 3) * cfg.width, 2 * queries + 2 * keys
+        if latent:  # keys and values are made again from their vector
+            whole += latent.kv_rank + latent.rope_dim + (latent.q_rank or 0)
+            shared = queries + cfg.num_heads * latent.value_dim
     if run.model.remat == "elementwise":
-        shared += 2 * cfg.mlp_width
+        shared += 2 * mlp
+        if latent:
+            shared += cfg.num_heads * (latent.nope_dim + latent.value_dim)
     if run.model.remat == "none":
-        whole, shared = 6 * cfg.width, 2 * queries + 6 * cfg.mlp_width
+        whole, shared = 6 * cfg.width, 2 * queries + 6 * mlp
         if trained:  # norms and the rotation in float32 too
-            whole, shared = 10 * cfg.width, 7 * queries + 7 * keys + 6 * cfg.mlp_width
+            whole, shared = 10 * cfg.width, 7 * queries + 7 * keys + 6 * mlp
     return int(cfg.num_layers * rows * run.data.window * (whole + shared / model) * size)
 
 
@@ -237,6 +266,13 @@ def forward_roofline(
     return _roofline(flops, [Pass(cfg, tokens, 1, passes)], topology, mesh)
 
 
+def cached_width(cfg: ModelConfig) -> int:
+    """Numbers a token that a layer's cache holds: keys and values, or what both are made from."""
+    if cfg.latent is not None:
+        return cfg.latent.kv_rank + cfg.latent.rope_dim
+    return 2 * cfg.num_kv_heads * cfg.head_dim
+
+
 def decoded(run: config.Run, cfg: ModelConfig) -> tuple[int, int]:
     """Tokens of the longest prompt, taken as 512 since no data is read, and of an answer."""
     prompt = min(512, cfg.max_position // 2)
@@ -249,9 +285,9 @@ def decode_roofline(run: config.Run, cfg: ModelConfig, topology: Topology, mesh:
     rows = -(-run.evaluate.batch // mesh.shards) * mesh.shards
     prompt, answer = decoded(run, cfg)
     seen = prompt + answer // 2
-    queries, keys = (n * cfg.head_dim * cfg.num_layers for n in (cfg.num_heads, cfg.num_kv_heads))
-    flops = rows * (2 * count_params(cfg) + 4 * queries * seen)
-    cache = 2 * 2 * keys * seen * rows / mesh.devices  # keys and values, bfloat16
+    queries = cfg.num_heads * cfg.head_dim * cfg.num_layers
+    flops = rows * (2 * active_params(cfg) + 4 * queries * seen)
+    cache = 2 * cached_width(cfg) * cfg.num_layers * seen * rows / mesh.devices  # bfloat16
     return _roofline(flops, [Pass(cfg, rows, 1, 1)], topology, mesh, cache)
 
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -13,6 +14,7 @@ from e3jax.errors import UserError
 from e3jax.models import cudnn, decoder
 from e3jax.models.attention import see_all
 from e3jax.models.config import ModelConfig
+from e3jax.models.params import layer_table
 from e3jax.planning import compile, cost
 from e3jax.planning.chips import Topology
 
@@ -143,8 +145,10 @@ def _work_space(
     """Bytes of the greatest of a layer and a chunk's logits, and of gathered weights."""
     time, tokens = run.data.window, rows * run.data.window
     size = job.DTYPES[run.model.dtype](0).itemsize
-    heads, mlp = cfg.num_heads * cfg.head_dim / model, cfg.mlp_width / model
+    heads, mlp = cfg.num_heads * cfg.head_dim / model, cost.feed_forward_width(cfg) / model
     layer = tokens * (8 * cfg.width + 4 * heads + 6 * mlp) * size
+    if cfg.experts is not None:  # a token once for each expert that it is sent to, on any device
+        layer += tokens * cfg.experts.per_token * (4 * cfg.width + 6 * cfg.experts.width) * size
     kernel = topology.is_tpu or (
         cudnn.takes(time, cfg.head_dim, job.DTYPES[run.model.dtype], 1)
         and see_all(cfg.windows, time)
@@ -152,8 +156,8 @@ def _work_space(
     if not kernel:  # scores of every query and key
         layer += rows * cfg.num_heads / model * time**2 * 12
     logits = 4 * 4 * min(run.distill.chunk, tokens) * cfg.vocab_size / model
-    projections, _, mlp_flops = cost.layer_flops(cfg, 1)
-    per_layer = (projections + mlp_flops) / 2  # parameters: two operations a token each
+    last = layer_table(cfg, sparse=cfg.is_sparse(cfg.num_layers - 1))
+    per_layer = sum(math.prod(leaf.shape) for leaf in last.values())
     gathered = 2 * size * per_layer / model + 4 * size * cfg.width * cfg.vocab_size / model
     return max(layer, logits) + gathered
 
