@@ -153,6 +153,9 @@ def make_parser() -> argparse.ArgumentParser:
         several.add_argument("--processes", type=int, metavar="N", help="how many there are")
         several.add_argument("--process", type=int, metavar="I", help="this one's number, from 0")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
+    line = "how a checkpoint or a config.json is understood, and what a 25 % cut of it saves"
+    sub = commands.add_parser("inspect", help=line.replace("%", "%%"), description=line)
+    sub.add_argument("path", help="a folder, a config.json, `demo` or a hub id")
     return parser
 
 
@@ -165,6 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Terminal()])
     logging.getLogger("e3jax").setLevel(logging.INFO)
+    if options.command == "inspect":
+        return _inspect(options.path)
     several, code = _several(options), 0
     with contextlib.ExitStack() as stack:
         try:
@@ -219,6 +224,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def _inspect(path: str) -> int:
+    """Exit code 1 for a model that cannot be searched and recovered."""
+    from e3jax import inspection  # which does without jax
+
+    try:
+        lines, supported = inspection.inspect(path)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0 if supported else 1
+
+
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     """SIGTERM ends what is open in an orderly way; notice.py, which does more, needs jax."""
@@ -266,6 +284,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses options and overrides in any order."""
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments, argparse.Namespace(from_mask=None))
+    if options.command == "inspect":
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return options
     options.overrides = [*options.overrides, *rest]
     if unknown := [a for a in options.overrides if a.startswith("-") or "=" not in a]:
         parser.error(f"neither an option nor key=value: {' '.join(unknown)}")

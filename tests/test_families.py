@@ -167,6 +167,47 @@ def test_masked_model_is_the_sliced_model_bit_for_bit(tmp_path, name, dtype):
         np.testing.assert_array_equal(by_number, sliced)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_gradient_of_the_gates(tmp_path, monkeypatch, name):
+    """Central differences, in float64, of h + m (Layer(h) - h) around a hard mask; steps are so
+    small that no token changes its experts."""
+    family, changes = CASES[name]
+    folder = save_tiny(tmp_path, family, **{**changes, "num_hidden_layers": 4})
+    cfg, tokens = read_config(folder), random_tokens(96, 12)
+    params = jax.device_get(load_params(folder, cfg, jnp.float32))
+    probe = np.random.default_rng(0).normal(size=(2, 12, cfg.width))
+    gates = np.array([[1, 0, 1, 1], [0, 1, 0, 1]], np.float32)
+
+    def loss(m):
+        h = decoder.hidden(params, batch_of(tokens), cfg, dtype=jnp.float32, gates_bl=m)
+        return jnp.sum(probe * h)
+
+    value, found = jax.value_and_grad(loss)(jnp.asarray(gates))
+    with jax.enable_x64(True):
+        monkeypatch.setattr(jnp, "float32", jnp.float64)  # what the decoder widens to
+        wide = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), params)
+        apply = decoder.applier(batch_of(tokens), cfg, jnp.float64)
+
+        @jax.jit
+        def multiplied(m):
+            h = decoder.embed(wide, tokens, jnp.float64)
+            for run in cfg.runs:
+                for i in range(run.first, run.first + run.count):
+                    y = apply(decoder.weights_of(wide, run, i), h, i)
+                    h = h + m[:, i, None, None] * (y - h)
+            return jnp.sum(probe * decoder.last_norm(wide, h, cfg))
+
+        want = np.zeros_like(gates, np.float64)
+        for place in np.ndindex(*gates.shape):
+            ends = [
+                multiplied(jnp.asarray(gates, jnp.float64).at[place].add(e)) for e in (1e-6, -1e-6)
+            ]
+            want[place] = (ends[0] - ends[1]) / 2e-6
+        np.testing.assert_allclose(value, multiplied(jnp.asarray(gates, jnp.float64)), rtol=1e-3)
+    assert np.abs(want).min() > 1e-2
+    np.testing.assert_allclose(found, want, rtol=2e-3, atol=1e-3 * np.abs(want).max())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_absent_keys_mean_transformers_defaults(family):
     """The model of an empty config.json has as many parameters as transformers'."""

@@ -34,7 +34,7 @@ ORDER = (
     {"evaluate", "planning", "teaching"},
     {"recovery"},
     {"choice"},
-    {"from_mask", "outputs", "report"},
+    {"from_mask", "inspection", "outputs", "report"},
     {"rehearsal", "comparison"},
     {"pipeline"},
     {"cli"},
@@ -216,6 +216,7 @@ def test_configurations_keep_what_they_say():
     keep = {path.stem: configure.load_run(path).search.keep for path in CONFIGS}
     del keep["demo-train"], keep["second-train"]
     assert keep == {
+        "deepseek-r1": 46,
         "demo": 12,
         "chain-math": 18,
         "second": 24,

@@ -122,6 +122,13 @@ class ModelConfig:
         return self.experts is not None and layer not in self.dense
 
     @property
+    def cached_width(self) -> int:
+        """Numbers a token that decoding keeps of a layer: keys and values, or what makes both."""
+        if self.latent is not None:
+            return self.latent.kv_rank + self.latent.rope_dim
+        return 2 * self.num_kv_heads * self.head_dim
+
+    @property
     def rope_dim(self) -> int:
         """How many numbers of a head's queries and keys are turned by their position."""
         return self.latent.rope_dim if self.latent else self.head_dim

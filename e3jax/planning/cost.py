@@ -266,13 +266,6 @@ def forward_roofline(
     return _roofline(flops, [Pass(cfg, tokens, 1, passes)], topology, mesh)
 
 
-def cached_width(cfg: ModelConfig) -> int:
-    """Numbers a token that a layer's cache holds: keys and values, or what both are made from."""
-    if cfg.latent is not None:
-        return cfg.latent.kv_rank + cfg.latent.rope_dim
-    return 2 * cfg.num_kv_heads * cfg.head_dim
-
-
 def decoded(run: config.Run, cfg: ModelConfig) -> tuple[int, int]:
     """Tokens of the longest prompt, taken as 512 since no data is read, and of an answer."""
     prompt = min(512, cfg.max_position // 2)
@@ -287,7 +280,7 @@ def decode_roofline(run: config.Run, cfg: ModelConfig, topology: Topology, mesh:
     seen = prompt + answer // 2
     queries = cfg.num_heads * cfg.head_dim * cfg.num_layers
     flops = rows * (2 * active_params(cfg) + 4 * queries * seen)
-    cache = 2 * cached_width(cfg) * cfg.num_layers * seen * rows / mesh.devices  # bfloat16
+    cache = 2 * cfg.cached_width * cfg.num_layers * seen * rows / mesh.devices  # bfloat16
     return _roofline(flops, [Pass(cfg, rows, 1, 1)], topology, mesh, cache)
 
 
