@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from e3jax import mesh
+from e3jax.hf import dequantise
 from e3jax.hf.cut import cut_config
 from e3jax.hf.export import export
 from e3jax.hf.families import FAMILIES, from_hf, read_config
-from e3jax.hf.folders import source_dtype
+from e3jax.hf.folders import source_dtype, stored_tensors
 from e3jax.hf.load import load_params
 from e3jax.hf.tensors import tensor_table
 from e3jax.models import decoder
@@ -271,3 +272,18 @@ def test_fp8_blocks_are_dequantised(tmp_path):
     assert_same_logits(
         our_logits(out, random_tokens(96, 9)), torch_logits(out, random_tokens(96, 9))
     )
+
+
+def test_mxfp4_is_dequantised(tmp_path):
+    """Against transformers' own unpacking: two numbers a byte, an exponent for 32 of them."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    rng = np.random.default_rng(0)
+    blocks = torch.as_tensor(rng.integers(0, 256, (3, 10, 2, 16), dtype=np.uint8))
+    scales = torch.as_tensor(rng.integers(110, 140, (3, 10, 2), dtype=np.uint8))
+    want = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    save_file({"x_blocks": blocks, "x_scales": scales}, tmp_path / "model.safetensors")
+    (stored,) = dequantise.with_scales(stored_tensors(tmp_path)).values()
+    assert (stored.name, stored.shape, dequantise.is_sound(stored)) == ("x", (3, 64, 10), True)
+    found = np.concatenate([dequantise.part(stored, n) for n in range(dequantise.parts(stored))])
+    np.testing.assert_array_equal(found, want.numpy())

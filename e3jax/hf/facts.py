@@ -36,7 +36,7 @@ NAMES = {
     "up_bias": "mlp.up_proj.bias",
     "down_bias": "mlp.down_proj.bias",
     "router": "mlp.gate.weight",
-    "router_bias": "mlp.gate.e_score_correction_bias",
+    "router_choice_bias": "mlp.gate.e_score_correction_bias",
     "expert_gate": "mlp.experts.{}.gate_proj.weight",
     "expert_up": "mlp.experts.{}.up_proj.weight",
     "expert_down": "mlp.experts.{}.down_proj.weight",

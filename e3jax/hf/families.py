@@ -10,10 +10,10 @@ import pkgutil
 from typing import Any
 
 from e3jax.errors import UserError
+from e3jax.hf import dequantise
 from e3jax.hf import family as files_of_families
 from e3jax.hf.facts import Facts, Family
 from e3jax.hf.rope import read_rope, write_rope
-from e3jax.hf.safetensors import FP8_BLOCK
 from e3jax.models.config import ACTIVATIONS, ModelConfig
 
 FAMILIES: dict[str, Family] = {
@@ -99,21 +99,15 @@ def _family(config: dict[str, Any], where: str) -> Family:
             f"{where}: architectures is {architectures}; a {name} language model is "
             f"[{family.architecture!r}], and other heads are not supported"
         )
-    if (quantized := config.get("quantization_config")) and not is_block_fp8(quantized):
+    if (quantized := config.get("quantization_config")) and not dequantise.is_read(quantized):
         method = quantized.get("quant_method", "unknown method")
         raise UserError(
             f"{where}: quantization_config ({method}): these quantised weights are not read, only "
-            "fp8 in blocks; use the checkpoint in bfloat16, float16 or float32"
+            "fp8 in blocks and mxfp4; use the checkpoint in bfloat16, float16 or float32"
         )
     if config.get("per_layer_config"):
         raise UserError(f"{where}: per_layer_config: layers of different shapes are not supported")
     return family
-
-
-def is_block_fp8(quantized: dict[str, Any]) -> bool:
-    """Whether weights are DeepSeek's float8: blocks of a matrix, each with a scale of its own."""
-    kind = quantized.get("quant_method"), quantized.get("fmt", "e4m3")
-    return kind == ("fp8", "e4m3") and quantized.get("weight_block_size") == [FP8_BLOCK] * 2
 
 
 def to_hf(

@@ -9,14 +9,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from e3jax.errors import UserError
+from e3jax.hf import dequantise
 from e3jax.hf.families import FAMILIES, read_json
-from e3jax.hf.safetensors import DTYPES, FP8_BLOCK, QUANTISED, Stored, read_header
+from e3jax.hf.safetensors import DTYPES, Stored, read_header
 from e3jax.hf.tensors import EMBED, HEAD, Piece, Tensor, tensor_table
 from e3jax.models.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
-SCALE = "_scale_inv"  # behind a quantised tensor's name: what its blocks are multiplied by
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HARMLESS = re.compile(r".*rotary_emb\.inv_freq")  # a buffer that old llama checkpoints stored
 
@@ -108,7 +108,7 @@ def match(folder: pathlib.Path, cfg: ModelConfig) -> list[tuple[Tensor, Stored]]
     tokens ahead are left out, and a line says so. Raises UserError that lists all unknown, missing,
     wrongly shaped and unreadable tensors at once.
     """
-    stored = _with_scales(_without_drafts(stored_tensors(folder), folder, cfg))
+    stored = _without_drafts(dequantise.with_scales(stored_tensors(folder)), folder, cfg)
     if cfg.tied and HEAD in stored:
         head = stored.pop(HEAD)
         embed = stored.setdefault(EMBED, head)
@@ -129,7 +129,7 @@ def match(folder: pathlib.Path, cfg: ModelConfig) -> list[tuple[Tensor, Stored]]
                 for t, s in both
                 if s.shape != t.shape
             ],
-            "dtype not supported (only F32, F16, BF16, and F8_E4M3 with scales of its blocks)": [
+            "dtype not supported (only F32, F16, BF16, and F8_E4M3 or MXFP4 with scales)": [
                 f"{t.name} {s.code}" for t, s in both if not _is_readable(t, s)
             ],
         },
@@ -155,21 +155,10 @@ def _without_drafts(
     return left if behind else stored
 
 
-def _with_scales(stored: dict[str, Stored]) -> dict[str, Stored]:
-    """Quantised tensors with the scales that are stored beside them."""
-    found = {
-        name: t for name, t in stored.items() if t.code in QUANTISED and name + SCALE in stored
-    }
-    scales = {name: stored[name + SCALE] for name in found}
-    left = {name: t for name, t in stored.items() if name.removesuffix(SCALE) not in found}
-    return left | {name: dataclasses.replace(t, scale=scales[name]) for name, t in found.items()}
-
-
 def _is_readable(tensor: Tensor, stored: Stored) -> bool:
     if stored.scale is None:
         return stored.code in DTYPES
-    blocks = tuple(-(-size // FP8_BLOCK) for size in stored.shape)
-    return stored.scale.code in DTYPES and stored.scale.shape == blocks and len(tensor.pieces) == 1
+    return dequantise.is_sound(stored) and len(tensor.pieces) == 1
 
 
 def in_pieces(tensor: Tensor, stored: Stored) -> Iterator[tuple[Piece, Stored]]:
@@ -197,11 +186,12 @@ def _same(a: Stored, b: Stored, step: int = 2**24) -> bool:
 def source_dtype(folder: str | pathlib.Path) -> str:
     """The dtype of most of the checkpoint's bytes: `bfloat16`, `float16` or `float32`."""
     size: Counter[str] = Counter()
-    for t in stored_tensors(pathlib.Path(folder)).values():
+    stored = dequantise.with_scales(stored_tensors(pathlib.Path(folder))).values()
+    for t in stored:
         size[t.code] += t.nbytes
-    code = max(size, key=lambda c: size[c], default="no tensors")
-    if code in QUANTISED:
+    if any(t.scale is not None for t in stored):
         return "bfloat16"  # what it is dequantised to
+    code = max(size, key=lambda c: size[c], default="no tensors")
     if code not in DTYPES:
         raise UserError(f"{folder}: stored as {code}; expected one of {', '.join(DTYPES)}")
     return DTYPES[code].name
@@ -213,6 +203,8 @@ def planned_dtype(config: pathlib.Path) -> str:
     if any((config.parent / name).is_file() for name in (SINGLE, INDEX)):
         return source_dtype(config.parent)
     facts = read_json(config)
+    if facts.get("quantization_config"):
+        return "bfloat16"
     name = facts.get("dtype") or facts.get("torch_dtype") or "float32"
     known = [dtype.name for dtype in DTYPES.values()]
     if name not in known:

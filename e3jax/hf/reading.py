@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from e3jax.errors import UserError
-from e3jax.hf import blocks
-from e3jax.hf.safetensors import DTYPES, FP8_BLOCK, QUANTISED, Stored
+from e3jax.hf import blocks, dequantise
+from e3jax.hf.safetensors import DTYPES, Stored
 from e3jax.hf.tensors import Piece
 
 Box = tuple[tuple[int, int], ...]
@@ -34,7 +34,13 @@ def submit(
     What several parts have in common is read once. The results: whether all was finite.
     """
     if stored.scale is not None:
-        return [pool.submit(_fill_dequantised, stored, piece.split, parts)] if parts else []
+        count = piece.split[0] // (total := dequantise.parts(stored))
+        wanted = [
+            n
+            for n in range(total)
+            if any(b < (n + 1) * count and n * count < e for (b, e), *_ in parts)
+        ]
+        return [pool.submit(_fill_dequantised, stored, n, piece.split, parts) for n in wanted]
     itemsize = DTYPES[stored.code].itemsize
     row_bytes = math.prod(piece.split[1:]) * itemsize
     reads = []
@@ -102,27 +108,17 @@ def _fill(stored: Stored, shape: Sequence[int], box: Box, parts: Mapping[Box, np
 
 
 def _fill_dequantised(
-    stored: Stored, shape: Sequence[int], parts: Mapping[Box, np.ndarray]
+    stored: Stored, number: int, shape: Sequence[int], parts: Mapping[Box, np.ndarray]
 ) -> bool:
-    """Reads a quantised matrix whole, and puts its parts where they belong; are they finite?"""
-    values = dequantised(stored).reshape(shape)
-    finite = True
-    for box, part in parts.items():
-        part[...] = values[tuple(slice(*ends) for ends in box)]
-        finite &= blocks.finite(part)
-    return finite
-
-
-def dequantised(stored: Stored) -> np.ndarray:
-    """float32: each block of a float8 matrix times its scale; the last ones of a row or a column
-    may be cut short (DeepSeek-V3, arXiv 2412.19437, section 3.3)."""
-    assert stored.scale is not None
-    raw = np.frombuffer(stored.read(0, stored.nbytes), QUANTISED[stored.code])
-    scale = stored.scale
-    factors = np.frombuffer(scale.read(0, scale.nbytes), DTYPES[scale.code]).astype(np.float32)
-    values, factors = raw.reshape(stored.shape).astype(np.float32), factors.reshape(scale.shape)
-    factors = factors.repeat(FP8_BLOCK, axis=0).repeat(FP8_BLOCK, axis=1)
-    return values * factors[: stored.shape[0], : stored.shape[1]]
+    """Dequantises one of a tensor's parts along axis 0 to where `parts` have it; is it finite?"""
+    count = shape[0] // dequantise.parts(stored)
+    values = dequantise.part(stored, number).reshape(count, *shape[1:])
+    for ((begin, end), *rest), part in parts.items():
+        first, last = max(begin, number * count), min(end, (number + 1) * count)
+        if first < last:
+            rows = slice(first - number * count, last - number * count)
+            part[first - begin : last - begin] = values[(rows, *(slice(*ends) for ends in rest))]
+    return blocks.finite(values)
 
 
 def read(stored: Stored, shape: Sequence[int], box: Box, to: np.ndarray) -> None:

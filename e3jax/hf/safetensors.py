@@ -24,9 +24,6 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# What is read with a scale for each block of a matrix, and never written.
-QUANTISED = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
-FP8_BLOCK = 128  # rows and columns of it
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -40,7 +37,7 @@ class Stored:
     shape: tuple[int, ...]
     start: int  # byte of the file
     nbytes: int
-    scale: "Stored | None" = None  # of a quantised matrix, what its blocks are multiplied by
+    scale: "Stored | None" = None  # of a quantised tensor, what its blocks are multiplied by
 
     def read(self, start: int, nbytes: int) -> bytes:
         """`nbytes` of the tensor from its byte `start` on, or what there is of them."""

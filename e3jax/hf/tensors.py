@@ -10,7 +10,11 @@ from e3jax.models.config import ModelConfig
 from e3jax.models.params import Leaf, param_table
 
 EMBED, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-WIDTHS = ("embed", "rank")  # axes that are a stored matrix's own; all others it has joined
+OWN = (
+    "experts",
+    "embed",
+    "rank",
+)  # axes that a stored tensor has too; neighbours of others are one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +89,7 @@ def _tensor(
     for keys, leaf in parts.items():
         split, axes = leaf.shape[len(index) :], leaf.axes[len(index) :]
         pieces.append(Piece(keys, index, split))
-        # A stored matrix has the model's width on one axis, and on the other all else.
-        sides = itertools.groupby(zip(split, axes, strict=True), lambda x: x[1] in WIDTHS)
+        sides = itertools.groupby(zip(split, axes, strict=True), lambda x: x[1] in OWN and x[1])
         shapes.append(tuple(math.prod(size for size, _ in side) for _, side in sides))
     rows = sum(shape[0] for shape in shapes)
     return Tensor(name, layer, (rows, *shapes[0][1:]), tuple(pieces))

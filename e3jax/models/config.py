@@ -50,7 +50,8 @@ class Experts:
     count: int  # E
     per_token: int
     width: int  # F of an expert
-    scores: Literal["softmax", "sigmoid"] = "softmax"  # of the router's outcomes, over all experts
+    # Of the router's outcomes: over all experts, each alone, or over those chosen.
+    scores: Literal["softmax", "sigmoid", "softmax of chosen"] = "softmax"
     normalised: bool = True  # the weights of those chosen are made to add up to 1
     scale: float = 1.0  # and then multiplied by this
     corrected: bool = False  # a bias that helps to choose and does not weigh (arXiv 2408.15664)
@@ -59,6 +60,10 @@ class Experts:
     group_score: Literal["greatest", "two"] = "greatest"  # one expert's, or the best two's sum
     shared_width: int = 0  # of a network that every token is sent to; 0 = none
     shared_gate: bool = False  # which a sigmoid weighs
+    # gpt-oss: matrices are [in, out], gate and up one of them, number by number in turns; biases;
+    # and (up + 1) gate sigmoid(1.702 gate) of what is clipped to so much.
+    joined: bool = False
+    limit: float | None = None
 
 
 class Run(NamedTuple):

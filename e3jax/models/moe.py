@@ -18,15 +18,8 @@ import jax.numpy as jnp
 from e3jax import mesh
 from e3jax.models import recompute
 from e3jax.models.config import Experts
-from e3jax.models.params import Params
+from e3jax.models.params import Params, expert_axes
 from e3jax.models.product import precision, project
-
-# Both operands' last axis is summed over; the rows of the first are in groups, one an expert.
-BY_EXPERT = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (2,)), ((), ())),
-    lhs_ragged_dimensions=[0],
-    rhs_group_dimensions=[0],
-)
 
 
 class Routes(NamedTuple):
@@ -36,28 +29,30 @@ class Routes(NamedTuple):
     weights: jax.Array  # float32 [S, k]
 
 
-def route(
-    x_sd: jax.Array, router_ed: jax.Array, bias_e: jax.Array | None, experts: Experts
-) -> Routes:
+def route(w: Params, x_sd: jax.Array, experts: Experts) -> Routes:
     """The experts of each token, in float32: in bfloat16 near ones would change places."""
     outcomes = jnp.einsum(
         "sd,ed->se",
         x_sd.astype(jnp.float32),
-        router_ed.astype(jnp.float32),
+        w["router"].astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
     )
+    if "router_bias" in w:
+        outcomes = outcomes + w["router_bias"].astype(jnp.float32)
     if experts.scores == "softmax":
         scores = jax.nn.softmax(outcomes, axis=-1)
     else:
-        scores = jax.nn.sigmoid(outcomes)
+        scores = jax.nn.sigmoid(outcomes) if experts.scores == "sigmoid" else outcomes
     wanted = jax.lax.stop_gradient(scores)
-    if bias_e is not None:
-        wanted = wanted + jax.lax.stop_gradient(bias_e.astype(jnp.float32))
+    if "router_choice_bias" in w:
+        wanted = wanted + jax.lax.stop_gradient(w["router_choice_bias"].astype(jnp.float32))
     if experts.groups > 1:
         wanted = jnp.where(_in_best_groups(wanted, experts), wanted, -jnp.inf)
     _, chosen = jax.lax.top_k(wanted, experts.per_token)
     weights = jnp.take_along_axis(scores, chosen, axis=-1)
-    if experts.normalised:
+    if experts.scores == "softmax of chosen":
+        weights = jax.nn.softmax(weights, axis=-1)
+    elif experts.normalised:
         weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
     return Routes(chosen, weights * experts.scale)
 
@@ -76,70 +71,111 @@ def mixture(
     w: Params, x_btd: jax.Array, experts: Experts, activation: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
     """The experts' answers to [B, T, D], weighed and added up, in x's dtype."""
-    bias = w.get("router_bias")
-    matrices = [w[f"expert_{name}"] for name in ("gate", "up", "down")]
-    router = w["router"]
+    axes = expert_axes(experts)
+    own = {name: w[name].astype(x_btd.dtype) for name in axes}
+    routers = {name: matrix for name, matrix in w.items() if name.startswith("router")}
     if mesh.current() is None:
-        return _local(x_btd, router, bias, *matrices, experts=experts, activation=activation)
-    axes = (("experts", None, "embed"),) * 2 + (("experts", "embed", None),)
-    matrices = [mesh.gather(m.astype(x_btd.dtype), a) for m, a in zip(matrices, axes, strict=True)]
-    router = mesh.gather(router, (None, "embed"))
+        return _answers(routers, own, x_btd, 0, experts, activation)
+    own = {name: mesh.gather(own[name], axes[name]) for name in axes}
+    routers = {name: mesh.gather(x, (None, "embed")[: x.ndim]) for name, x in routers.items()}
     rows = mesh.spec(("batch", None, None))
     split = mesh.spec(("experts",), (experts.count,))[0]
 
-    def here(x: jax.Array, router: jax.Array, bias: jax.Array | None, *m: jax.Array) -> jax.Array:
-        first = 0 if split is None else jax.lax.axis_index(split) * m[0].shape[0]
-        y = _local(x, router, bias, *m, experts=experts, activation=activation, first=first)
+    def here(routers: Params, own: Params, x: jax.Array) -> jax.Array:
+        count = len(next(iter(own.values())))
+        first = 0 if split is None else jax.lax.axis_index(split) * count
+        y = _answers(routers, own, x, first, experts, activation)
         return y if split is None else jax.lax.psum(y, split)
 
-    whole = [mesh.spec(("experts", None, None), m.shape) for m in matrices]
-    in_specs = (rows, mesh.spec((None, None)), mesh.spec((None,)), *whole)
-    if bias is None:
-        in_specs = (*in_specs[:2], None, *whole)
+    in_specs = (
+        {name: mesh.spec((None,) * x.ndim) for name, x in routers.items()},
+        {name: mesh.spec(_whole(axes[name]), x.shape) for name, x in own.items()},
+        rows,
+    )
     run = jax.shard_map(here, in_specs=in_specs, out_specs=rows, check_vma=False)
-    return run(x_btd, router, bias, *matrices)
+    return run(routers, own, x_btd)
 
 
-def _local(
+def _whole(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """Of what is gathered: only experts are split."""
+    return tuple(a if a == "experts" else None for a in axes)
+
+
+def _answers(
+    routers: Params,
+    own: Params,
     x_btd: jax.Array,
-    router: jax.Array,
-    bias: jax.Array | None,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
-    *,
+    first: jax.Array | int,
     experts: Experts,
     activation: Callable[[jax.Array], jax.Array],
-    first: jax.Array | int = 0,
 ) -> jax.Array:
-    """The answers of the experts from `first` on that a device has, to the tokens that it has."""
+    """Of the experts from `first` on, whose parameters are `own`, to the tokens of a device."""
     x = x_btd.reshape(-1, x_btd.shape[-1])
-    routes = route(x, router, bias, experts)
-    count = len(gate)  # experts here; all those elsewhere are one more, whose answers are zero
-    place = routes.experts - first
+    routes = route(routers, x, experts)
+    count = len(next(iter(own.values())))
+    place = routes.experts - first  # all those elsewhere are one more, whose answers are zero
     place = jnp.where((place >= 0) & (place < count), place, count).reshape(-1)
     order = jnp.argsort(place)  # stable: the same sum whatever else is in the batch
     sizes = jnp.sum(place[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
-
-    def grouped(rows: jax.Array, matrices: jax.Array) -> jax.Array:
-        return jax.lax.ragged_dot_general(
-            rows,
-            matrices.astype(rows.dtype),
-            sizes,
-            BY_EXPERT,
-            precision=precision(rows.dtype),
-        )
-
     # Each token k times, then in order: both are permutations backward, where a gather with
     # repetitions would add up in whatever order.
     sent = _permuted(jnp.repeat(x, experts.per_token, axis=0), order)
-    y = activation(recompute.keep_large(grouped(sent, gate)))
-    y = grouped(y * recompute.keep_large(grouped(sent, up)), down)
-    known = jnp.arange(len(y)) < jnp.sum(sizes)
-    y = jnp.where(known[:, None], y, 0)
+    of = jnp.minimum(_permuted(place, order), count - 1)
+    answer = _joined if experts.joined else _gated
+    y = answer(own, sent, sizes, of, experts, activation)
+    y = jnp.where((jnp.arange(len(y)) < jnp.sum(sizes))[:, None], y, 0)
     y = _permuted(y, jnp.argsort(order)).reshape(len(x), experts.per_token, -1)
     y = jnp.sum(y.astype(jnp.float32) * routes.weights[..., None], axis=1)
     return y.astype(x.dtype).reshape(x_btd.shape)
+
+
+def _gated(
+    own: Params,
+    x: jax.Array,
+    sizes: jax.Array,
+    of: jax.Array,
+    experts: Experts,
+    activation: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """down(activation(gate x) * up x) of rows that lie expert by expert; matrices are [out, in]."""
+    gate, up = (
+        recompute.keep_large(grouped(x, own[f"expert_{name}"], sizes, axis=2))
+        for name in ("gate", "up")
+    )
+    return grouped(activation(gate) * up, own["expert_down"], sizes, axis=2)
+
+
+def _joined(
+    own: Params,
+    x: jax.Array,
+    sizes: jax.Array,
+    of: jax.Array,
+    experts: Experts,
+    activation: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """The same by matrices [in, out], gate and up in one, with biases, as gpt-oss has it."""
+    count, width, _, _ = own["expert_in"].shape
+    both = grouped(x, own["expert_in"].reshape(count, width, -1), sizes, axis=1)
+    both = recompute.keep_large(both.reshape(len(x), -1, 2) + own["expert_in_bias"][of])
+    gate, up = both[..., 0], both[..., 1]
+    if experts.limit is not None:
+        gate, up = jnp.minimum(gate, experts.limit), jnp.clip(up, -experts.limit, experts.limit)
+    y = (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
+    return grouped(y, own["expert_out"], sizes, axis=1) + own["expert_out_bias"][of]
+
+
+def grouped(x_md: jax.Array, matrices: jax.Array, sizes_e: jax.Array, axis: int) -> jax.Array:
+    """Rows times the matrix of their group: sizes_e int32 [E], how many rows each of `matrices`
+    [E, ...] has, one group after the other; summed over this axis of the matrices. What belongs to
+    no group is not to be looked at."""
+    numbers = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (axis,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[0],
+    )
+    return jax.lax.ragged_dot_general(
+        x_md, matrices, sizes_e, numbers, precision=precision(x_md.dtype)
+    )
 
 
 def _permuted(x: jax.Array, order: jax.Array) -> jax.Array:

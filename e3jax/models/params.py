@@ -114,12 +114,21 @@ def _experts(D: int, experts: Experts, out: float) -> dict[str, Leaf]:
     E, F, S = experts.count, experts.width, experts.shared_width
     leaves = {"router": Leaf((E, D), (None, "embed"), STD)}
     if experts.corrected:
-        leaves["router_bias"] = Leaf((E,), (None,), 0.0)
-    leaves |= {
-        "expert_gate": Leaf((E, F, D), ("experts", None, "embed"), STD),
-        "expert_up": Leaf((E, F, D), ("experts", None, "embed"), STD),
-        "expert_down": Leaf((E, D, F), ("experts", "embed", None), out),
-    }
+        leaves["router_choice_bias"] = Leaf((E,), (None,), 0.0)
+    if experts.joined:
+        leaves |= {
+            "router_bias": Leaf((E,), (None,), 0.0),
+            "expert_in": Leaf((E, D, F, 2), ("experts", "embed", None, None), STD),
+            "expert_in_bias": Leaf((E, F, 2), ("experts", None, None), 0.0),
+            "expert_out": Leaf((E, F, D), ("experts", None, "embed"), out),
+            "expert_out_bias": Leaf((E, D), ("experts", None), 0.0),
+        }
+    else:
+        leaves |= {
+            "expert_gate": Leaf((E, F, D), ("experts", None, "embed"), STD),
+            "expert_up": Leaf((E, F, D), ("experts", None, "embed"), STD),
+            "expert_down": Leaf((E, D, F), ("experts", "embed", None), out),
+        }
     if S:
         leaves["shared_gate"] = Leaf((S, D), ("mlp", "embed"), STD)
         leaves["shared_up"] = Leaf((S, D), ("mlp", "embed"), STD)
@@ -127,6 +136,12 @@ def _experts(D: int, experts: Experts, out: float) -> dict[str, Leaf]:
     if experts.shared_gate:
         leaves["shared_router"] = Leaf((1, D), (None, "embed"), STD)
     return leaves
+
+
+def expert_axes(experts: Experts) -> dict[str, Axes]:
+    """Of the parameters that each expert has its own of, the logical axes."""
+    leaves = _experts(1, experts, 0.0)
+    return {name: leaf.axes for name, leaf in leaves.items() if is_expert(name)}
 
 
 def count_params(cfg: ModelConfig) -> int:
