@@ -172,7 +172,10 @@ def _answers(
 
     count = -(-windows // RACE)
     budget = -(-spec.swaps * spec.score_windows // min(RACE, windows))
-    return exchange.refine(theta, score, batches=count, budget=budget, **fixed), spent
+    found = exchange.refine(
+        theta, score, batches=count, budget=budget, answers=max(1, spec.candidates), **fixed
+    )
+    return found, spent
 
 
 def _trial_recipe(run: config.Run) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def make_budget(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Budget:
     after = count_params(cfg.take_layers(range(keep)))
     scores = math.ceil(search.steps / search.score_every) + 1
     scored = (scores + search.swaps) * search.score_windows
-    scored += bool(search.swaps) * search.swap_windows
+    scored += bool(search.swaps) * max(1, search.candidates) * search.swap_windows
     tried = 0
     if search.candidates > 1:  # each is scored before its first step and after its last
         steps = search.candidate_steps * distill.batch
