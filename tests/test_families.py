@@ -89,6 +89,51 @@ CASES = {
         "deepseek_v3",
         {**LATENT, "n_group": 2, "topk_group": 1, "rope_interleave": False},
     ),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 16,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 9,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "num_hidden_layers": 4,
+        },
+    ),
+    "gemma2-uncapped": (
+        "gemma2",
+        {
+            "head_dim": 8,
+            "attention_bias": True,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "sliding_window": 5,
+        },
+    ),
+    "gemma3_text": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 25,
+            "final_logit_softcapping": 4.0,
+            "num_hidden_layers": 7,
+        },
+    ),
+    "gemma3_text-stretched": (
+        "gemma3_text",
+        {
+            "head_dim": 8,
+            "sliding_window": 8,
+            "sliding_window_pattern": 2,
+            "num_hidden_layers": 4,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
 }
 cases = pytest.mark.parametrize(("family", "changes"), CASES.values(), ids=CASES)
 

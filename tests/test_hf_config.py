@@ -193,7 +193,7 @@ def test_old_and_new_form_are_one():
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"model_type": "gemma2"}, ["gemma2", *FAMILIES]),
+        ({"model_type": "gemma3"}, ["gemma3", *FAMILIES]),
         ({}, ["model_type", *FAMILIES]),
         (
             {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},

@@ -30,16 +30,19 @@ def make_attention(
     head_dim: int,
     dtype: Any,
     documents: int | None,
+    cap: float | None = None,
 ) -> AttendOfKind:
     """A (kind, q [B, T, K, G, H], k and v [B, T, K, H]) -> [B, T, K, G, H]: rows see themselves.
     The values may be narrower, and then what is returned is.
 
     kind: int32 scalar, which of the distinct `windows` the layer has. documents: that a row has at
-    most, None where that is not known.
+    most, None where that is not known. cap: of the scores, soft.
     """
     time, platform = segments_bt.shape[1], mesh.platform()
     if platform == "tpu" and splash.suits(time, head_dim):
-        return by_splash(segments_bt, windows)
+        return by_splash(segments_bt, windows, cap)
+    if cap is not None:  # cuDNN's attention, as JAX calls it, has none
+        return by_mask(segments_bt, windows, cap)
     whole = see_all(windows, time)
     if platform == "gpu" and whole and mesh.is_stood_for():
         if cudnn.takes(time, head_dim, dtype, documents or 1):
@@ -54,9 +57,11 @@ def see_all(windows: Sequence[int | None], time: int) -> bool:
     return all(window is None or window >= time for window in windows)
 
 
-def by_splash(segments_bt: jax.Array, windows: Sequence[int | None]) -> AttendOfKind:
+def by_splash(
+    segments_bt: jax.Array, windows: Sequence[int | None], cap: float | None = None
+) -> AttendOfKind:
     """Splash attention on TPUs, a kernel for each window: nothing of [T, T] is built."""
-    kernels = [splash.make_attention(segments_bt, window) for window in windows]
+    kernels = [splash.make_attention(segments_bt, window, cap) for window in windows]
     return _as_wide(lambda kind, q, k, v: jax.lax.switch(kind, kernels, q, k, v))
 
 
@@ -79,10 +84,12 @@ def _as_wide(attend: AttendOfKind) -> AttendOfKind:
     return with_values
 
 
-def by_mask(segments_bt: jax.Array, windows: Sequence[int | None]) -> AttendOfKind:
+def by_mask(
+    segments_bt: jax.Array, windows: Sequence[int | None], cap: float | None = None
+) -> AttendOfKind:
     """Plain XLA with dense masks [B, T, T], made here once for all layers."""
     masks = [causal_mask(segments_bt, window) for window in windows]
-    return lambda kind, q, k, v: recompute.keep(attend(q, k, v, select_mask(kind, masks)))
+    return lambda kind, q, k, v: recompute.keep(attend(q, k, v, select_mask(kind, masks), cap))
 
 
 def causal_mask(
@@ -112,18 +119,31 @@ def select_mask(kind: jax.Array, masks: Sequence[jax.Array]) -> jax.Array:
 
 
 def attend(
-    q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bts: jax.Array
+    q_btkgh: jax.Array,
+    k_bskh: jax.Array,
+    v_bskh: jax.Array,
+    mask_bts: jax.Array,
+    cap: float | None = None,
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v, scores and softmax in float32; returns [B, T, K, G, H] like q.
 
     A query that sees no key gets the mean of the values, not NaN.
     """
     k, v = k_bskh.transpose(0, 2, 1, 3), v_bskh.transpose(0, 2, 1, 3)
-    return attend_by_head(q_btkgh, k, v, mask_bts)
+    return attend_by_head(q_btkgh, k, v, mask_bts, cap)
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap tanh(x / cap): as x where x is small, and never beyond the cap. None: x itself."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def attend_by_head(
-    q_btkgh: jax.Array, k_bksh: jax.Array, v_bksh: jax.Array, mask_bts: jax.Array
+    q_btkgh: jax.Array,
+    k_bksh: jax.Array,
+    v_bksh: jax.Array,
+    mask_bts: jax.Array,
+    cap: float | None = None,
 ) -> jax.Array:
     """`attend` for keys and values that lie head by head, as the products want them."""
     rows, time, kv_heads, groups, width = q_btkgh.shape  # the values' may be another
@@ -141,6 +161,7 @@ def attend_by_head(
         out_sharding=place,
     )
     scores = scores.reshape(rows, kv_heads, groups, time, -1) * width**-0.5
+    scores = soft_cap(scores, cap)
     scores = jnp.where(mask_bts[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_bksh.dtype)
     weights = weights.reshape(rows, kv_heads, groups * time, -1)
