@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from e3jax import mesh
 from e3jax.hf.cut import cut_config
 from e3jax.hf.export import export
-from e3jax.hf.families import FAMILIES, from_hf, read_config
+from e3jax.hf.families import FAMILIES, from_hf, read_config, to_hf
 from e3jax.hf.folders import source_dtype
 from e3jax.hf.load import load_params
 from e3jax.hf.tensors import tensor_table
@@ -53,6 +53,17 @@ YARN = {
     "original_max_position_embeddings": 16,
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
+}
+LONG = {  # of heads of 8 numbers, of which 6 are turned
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 100.0,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.5, 2.0],
+        "long_factor": [1.0, 3.0, 9.0],
+    },
 }
 CASES = {
     "qwen3_moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
@@ -134,6 +145,44 @@ CASES = {
             },
         },
     ),
+    "ministral": (
+        "ministral",
+        {
+            "sliding_window": 6,
+            "head_dim": 16,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "ministral-all": ("ministral", {"sliding_window": 6, "head_dim": 8}),
+    "seed_oss": (
+        "seed_oss",
+        {"head_dim": 16, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
+    ),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 3.0,
+            "attention_bias": True,
+        },
+    ),
+    "granite-tied": ("granite", {"tie_word_embeddings": True, "embedding_multiplier": 2.5}),
+    "olmo2": ("olmo2", {"attention_bias": True}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5, "attention_bias": True, "pad_token_id": 0}),
+    "smollm3-windows": (
+        "smollm3",
+        {
+            "no_rope_layers": [0, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "pad_token_id": 0,
+        },
+    ),
+    "phi3": ("phi3", {"sliding_window": 7, "pad_token_id": 0}),
+    "phi3-long": ("phi3", {**LONG, "original_max_position_embeddings": 8}),
+    "phi3-short": ("phi3", {**LONG, "original_max_position_embeddings": 40}),
 }
 cases = pytest.mark.parametrize(("family", "changes"), CASES.values(), ids=CASES)
 
@@ -217,13 +266,41 @@ def test_absent_keys_mean_transformers_defaults(family):
     """The model of an empty config.json has as many parameters as transformers'."""
     if FAMILIES[family].exported_as:
         pytest.skip("another name, which transformers does not know")
-    hf = transformers.AutoConfig.for_model(family)
-    given = {"num_experts_per_tok": 2} if family == "deepseek_v2" else {}  # has no default
+    # Without defaults, or with some of which transformers makes no model.
+    needed = {
+        "deepseek_v2": {"num_experts_per_tok": 2},
+        "ministral": {"head_dim": 128},
+    }
+    given = needed.get(family, {})
+    hf = transformers.AutoConfig.for_model(family, **given)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(hf)
     corrected = {name: b for name, b in model.named_buffers() if "correction_bias" in name}
     theirs = sum(w.numel() for w in [*model.parameters(), *corrected.values()])
     assert decoder.count_params(from_hf({"model_type": family, **given}, "x")) == theirs
+
+
+REAL = ("google--gemma-2-2b", "google--gemma-3-1b-it", "microsoft--phi-4")
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_configs(name):
+    """The tensors are those of transformers' model, and a cut says which layers stay."""
+    folder = SHARED / "configs" / name
+    if not folder.exists():
+        pytest.skip("no ../shared/configs")
+    cfg, hf = read_config(folder), transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(hf)
+    theirs = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    assert {t.name: t.shape for t in tensor_table(cfg)} == theirs
+    assert from_hf(to_hf(cfg), "x") == cfg
+    keep = [i for i in range(cfg.num_layers) if i % 3]
+    cut = cut_config(json.loads((folder / "config.json").read_text()), keep)
+    assert from_hf(cut, "x") == cfg.take_layers(keep)
+    types = getattr(transformers.AutoConfig.for_model(**cut), "layer_types", None)
+    if types is not None:
+        assert types == [hf.layer_types[i] for i in keep] and len(set(types)) == 2
 
 
 def test_deepseek_r1(tmp_path):

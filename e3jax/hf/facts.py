@@ -37,6 +37,7 @@ NAMES = {
     "gate_bias": "mlp.gate_proj.bias",
     "up_bias": "mlp.up_proj.bias",
     "down_bias": "mlp.down_proj.bias",
+    "attn_out_norm": "post_attention_layernorm.weight",  # in models without `mlp_norm`
     "mlp_out_norm": "post_feedforward_layernorm.weight",
     "router": "mlp.gate.weight",
     "router_bias": "mlp.gate.e_score_correction_bias",

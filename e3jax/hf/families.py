@@ -83,7 +83,14 @@ def from_hf(config: dict[str, Any], where: str) -> ModelConfig:
         )
     if fields["head_dim"] % 2:
         raise facts.error(f"head_dim is {fields['head_dim']}; rotary embeddings need an even one")
-    return ModelConfig(**fields)
+    cfg = ModelConfig(**fields)
+    planes = {len(f) for f in (cfg.rope.short_factors, cfg.rope.long_factors) if f}
+    if cfg.rope_dim % 2 or planes - {cfg.rope_dim // 2}:
+        raise facts.error(
+            f"{cfg.rope_dim} numbers of a head are rotated, in pairs, and there are factors for "
+            f"{sorted(planes) or 'all'}; expected an even number, and a factor for each pair"
+        )
+    return cfg
 
 
 def _family(config: dict[str, Any], where: str) -> Family:

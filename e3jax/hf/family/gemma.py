@@ -36,11 +36,7 @@ COMMON = {
     "final_logit_softcapping": 30.0,
     "attn_logit_softcapping": 50.0,
 }
-SANDWICH = {
-    **NAMES,
-    "attn_out_norm": "post_attention_layernorm.weight",
-    "mlp_norm": "pre_feedforward_layernorm.weight",
-}
+SANDWICH = {**NAMES, "mlp_norm": "pre_feedforward_layernorm.weight"}
 
 
 def read(facts: Facts) -> dict[str, Any]:
