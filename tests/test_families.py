@@ -183,6 +183,54 @@ CASES = {
     "phi3": ("phi3", {"sliding_window": 7, "pad_token_id": 0}),
     "phi3-long": ("phi3", {**LONG, "original_max_position_embeddings": 8}),
     "phi3-short": ("phi3", {**LONG, "original_max_position_embeddings": 40}),
+    "glm4": ("glm4", {"head_dim": 16, "pad_token_id": 0}),
+    "glm4-unbiased": (
+        "glm4",
+        {
+            "head_dim": 8,
+            "pad_token_id": 0,
+            "attention_bias": False,
+            "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75},
+        },
+    ),
+    "exaone4": (
+        "exaone4",
+        {
+            "sliding_window": 6,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "exaone4-pattern": (
+        "exaone4",
+        {"sliding_window": 6, "sliding_window_pattern": 3, "num_hidden_layers": 4},
+    ),
+    "exaone4-full": (
+        "exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 3, "head_dim": 16},
+    ),
+    "cohere2": (
+        "cohere2",
+        {"sliding_window": 6, "num_hidden_layers": 5, "attention_bias": True, "logit_scale": 0.3},
+    ),
+    "cohere2-untied": (
+        "cohere2",
+        {
+            "sliding_window": 6,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "tie_word_embeddings": False,
+            "logit_scale": 2.0,
+        },
+    ),
+    "stablelm": ("stablelm", {"hidden_size": 64, "use_qkv_bias": True}),
+    "stablelm-parallel": (
+        "stablelm",
+        {
+            "use_parallel_residual": True,
+            "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5},
+        },
+    ),
+    "nemotron": ("nemotron", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
+    "nemotron-unbiased": ("nemotron", {"tie_word_embeddings": True}),
 }
 cases = pytest.mark.parametrize(("family", "changes"), CASES.values(), ids=CASES)
 
@@ -270,6 +318,7 @@ def test_absent_keys_mean_transformers_defaults(family):
     needed = {
         "deepseek_v2": {"num_experts_per_tok": 2},
         "ministral": {"head_dim": 128},
+        "nemotron": {"num_key_value_heads": 48},
     }
     given = needed.get(family, {})
     hf = transformers.AutoConfig.for_model(family, **given)
