@@ -198,21 +198,23 @@ def on_own_heads(
     k: jax.Array,
     v: jax.Array,
     segments_bt: jax.Array,
+    sinks_kg: jax.Array | None = None,
 ) -> jax.Array:
     """`attend(q, k, v, segments)`, a kernel, by each device on its own rows and heads.
 
-    q [B, T, K, G, H], k and v [B, T, K, H] -> like q.
+    q [B, T, K, G, H], k and v [B, T, K, H] -> like q. sinks: a last argument, where there are any.
     """
+    more = () if sinks_kg is None else (sinks_kg,)
     if current() is None:
-        return attend(q, k, v, segments_bt)
+        return attend(q, k, v, segments_bt, *more)
     place = spec(("batch", None, "heads", "groups", None), q.shape)
-    keys = spec(("batch", None, "heads", None), k.shape)
+    keys, of_heads = spec(("batch", None, "heads", None), k.shape), P(*place[2:4])
     return jax.shard_map(
         attend,
-        in_specs=(place, keys, keys, spec(("batch", None))),
+        in_specs=(place, keys, keys, spec(("batch", None)), *(of_heads for _ in more)),
         out_specs=place,
         check_vma=False,  # a kernel's outputs do not say over which axes they vary
-    )(q, k, v, segments_bt)
+    )(q, k, v, segments_bt, *more)
 
 
 def shards_rows() -> bool:

@@ -29,6 +29,19 @@ MODELS = {
         ),
         dense=(0,), rope=Rope(interleaved=True),
     ),
+    # Norms around attention and mlp, soft caps, two ropes, neighbours turned in half of a head.
+    "capped": dataclasses.replace(
+        CFG, family="gemma3_text", norms="around", norm_offset=1.0, attention_cap=2.0,
+        logits_cap=3.0, logits_scale=0.5, embed_scale=1.5, residual_scale=0.7, turned=4, tied=False,
+        windows=(5, None, 5, None), rope=Rope(interleaved=True),
+        ropes=(Rope(theta=50.0, interleaved=True), Rope(interleaved=True)) * 2,
+    ),
+    # Norms about the mean, with biases; attention beside an mlp without a gate; a layer without
+    # rope.
+    "parallel": dataclasses.replace(
+        CFG, family="cohere2", norm="layer", norm_bias=True, parallel=True, gated=False,
+        activation="relu2", qk_norm=False, tied=False, ropes=(Rope(), None, Rope(), Rope()),
+    ),
 }  # fmt: skip
 MESHES = [(1, 8, 1), (1, 4, 2), (1, 2, 4), (2, 2, 2)]
 BY_NAME = {"x".join(map(str, sizes)): sizes for sizes in MESHES}
@@ -40,7 +53,7 @@ def numbers(name, keep=None):
     """Random numpy weights with which every layer matters; no bias is zero."""
     cfg, rng = MODELS[name], np.random.default_rng(0)
     draw = lambda path, leaf: (
-        0.2 * rng.normal(size=leaf.shape) + ("norm" in str(path[-1]))
+        0.2 * rng.normal(size=leaf.shape) + path[-1].key.endswith("norm")
     ).astype(np.float32)
     params = jax.tree_util.tree_map_with_path(draw, decoder.abstract_params(cfg))
     return (

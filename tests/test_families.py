@@ -15,7 +15,7 @@ from e3jax import mesh
 from e3jax.hf import dequantise
 from e3jax.hf.cut import cut_config
 from e3jax.hf.export import export
-from e3jax.hf.families import FAMILIES, from_hf, read_config
+from e3jax.hf.families import FAMILIES, from_hf, read_config, to_hf
 from e3jax.hf.folders import source_dtype, stored_tensors
 from e3jax.hf.load import load_params
 from e3jax.hf.tensors import tensor_table
@@ -55,6 +55,25 @@ YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
+LONG = {  # of heads of 8 numbers, of which 6 are turned
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 100.0,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.5, 2.0],
+        "long_factor": [1.0, 3.0, 9.0],
+    },
+}
+OSS_YARN = {**YARN, "truncate": False}
+GLM = {
+    "head_dim": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+}
 CASES = {
     "qwen3_moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
     "qwen3_moe-plain": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": False}),
@@ -68,6 +87,16 @@ CASES = {
         "olmoe",
         {"num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True},
     ),
+    "gpt_oss": (
+        "gpt_oss",
+        {"num_local_experts": 6, "sliding_window": 8, "head_dim": 16, "rope_parameters": OSS_YARN},
+    ),
+    "gpt_oss-clipped": (
+        "gpt_oss",
+        {"num_local_experts": 4, "swiglu_limit": 0.2, "attention_bias": False, "head_dim": 16},
+    ),
+    "glm4_moe": ("glm4_moe", {**GLM, "attention_bias": True, "n_group": 2, "topk_group": 1}),
+    "glm4_moe-normed": ("glm4_moe", {**GLM, "use_qk_norm": True, "n_shared_experts": 2}),
     "deepseek_v2": ("deepseek_v2", LATENT),
     "deepseek_v2-lite": ("deepseek_v2", {**LATENT, "q_lora_rank": None}),
     "deepseek_v2-groups": (
@@ -90,6 +119,137 @@ CASES = {
         "deepseek_v3",
         {**LATENT, "n_group": 2, "topk_group": 1, "rope_interleave": False},
     ),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 16,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 9,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "num_hidden_layers": 4,
+        },
+    ),
+    "gemma2-uncapped": (
+        "gemma2",
+        {
+            "head_dim": 8,
+            "attention_bias": True,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "sliding_window": 5,
+        },
+    ),
+    "gemma3_text": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 25,
+            "final_logit_softcapping": 4.0,
+            "num_hidden_layers": 7,
+        },
+    ),
+    "gemma3_text-stretched": (
+        "gemma3_text",
+        {
+            "head_dim": 8,
+            "sliding_window": 8,
+            "sliding_window_pattern": 2,
+            "num_hidden_layers": 4,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "ministral": (
+        "ministral",
+        {
+            "sliding_window": 6,
+            "head_dim": 16,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "ministral-all": ("ministral", {"sliding_window": 6, "head_dim": 8}),
+    "seed_oss": (
+        "seed_oss",
+        {"head_dim": 16, "attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
+    ),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 3.0,
+            "attention_bias": True,
+        },
+    ),
+    "granite-tied": ("granite", {"tie_word_embeddings": True, "embedding_multiplier": 2.5}),
+    "olmo2": ("olmo2", {"attention_bias": True}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5, "attention_bias": True, "pad_token_id": 0}),
+    "smollm3-windows": (
+        "smollm3",
+        {
+            "no_rope_layers": [0, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "pad_token_id": 0,
+        },
+    ),
+    "phi3": ("phi3", {"sliding_window": 7, "pad_token_id": 0}),
+    "phi3-long": ("phi3", {**LONG, "original_max_position_embeddings": 8}),
+    "phi3-short": ("phi3", {**LONG, "original_max_position_embeddings": 40}),
+    "glm4": ("glm4", {"head_dim": 16, "pad_token_id": 0}),
+    "glm4-unbiased": (
+        "glm4",
+        {
+            "head_dim": 8,
+            "pad_token_id": 0,
+            "attention_bias": False,
+            "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75},
+        },
+    ),
+    "exaone4": (
+        "exaone4",
+        {
+            "sliding_window": 6,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "exaone4-pattern": (
+        "exaone4",
+        {"sliding_window": 6, "sliding_window_pattern": 3, "num_hidden_layers": 4},
+    ),
+    "exaone4-full": (
+        "exaone4",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 3, "head_dim": 16},
+    ),
+    "cohere2": (
+        "cohere2",
+        {"sliding_window": 6, "num_hidden_layers": 5, "attention_bias": True, "logit_scale": 0.3},
+    ),
+    "cohere2-untied": (
+        "cohere2",
+        {
+            "sliding_window": 6,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "tie_word_embeddings": False,
+            "logit_scale": 2.0,
+        },
+    ),
+    "stablelm": ("stablelm", {"hidden_size": 64, "use_qkv_bias": True}),
+    "stablelm-parallel": (
+        "stablelm",
+        {
+            "use_parallel_residual": True,
+            "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5},
+        },
+    ),
+    "nemotron": ("nemotron", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
+    "nemotron-unbiased": ("nemotron", {"tie_word_embeddings": True}),
 }
 cases = pytest.mark.parametrize(("family", "changes"), CASES.values(), ids=CASES)
 
@@ -146,7 +306,7 @@ def batch_of(tokens):
     return decoder.Batch(*fields, jnp.ones(tokens.shape, bool))
 
 
-KINDS = ["qwen3_moe-dense-inside", "deepseek_v3", "olmoe"]
+KINDS = ["qwen3_moe-dense-inside", "deepseek_v3", "olmoe", "gpt_oss"]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -214,13 +374,43 @@ def test_absent_keys_mean_transformers_defaults(family):
     """The model of an empty config.json has as many parameters as transformers'."""
     if FAMILIES[family].exported_as:
         pytest.skip("another name, which transformers does not know")
-    hf = transformers.AutoConfig.for_model(family)
-    given = {"num_experts_per_tok": 2} if family == "deepseek_v2" else {}  # has no default
+    # Without defaults, or with some of which transformers makes no model.
+    needed = {
+        "deepseek_v2": {"num_experts_per_tok": 2},
+        "glm4_moe": {"head_dim": 128},
+        "ministral": {"head_dim": 128},
+        "nemotron": {"num_key_value_heads": 48},
+    }
+    given = needed.get(family, {})
+    hf = transformers.AutoConfig.for_model(family, **given)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(hf)
     corrected = {name: b for name, b in model.named_buffers() if "correction_bias" in name}
     theirs = sum(w.numel() for w in [*model.parameters(), *corrected.values()])
     assert decoder.count_params(from_hf({"model_type": family, **given}, "x")) == theirs
+
+
+REAL = ("google--gemma-2-2b", "google--gemma-3-1b-it", "microsoft--phi-4")
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_configs(name):
+    """The tensors are those of transformers' model, and a cut says which layers stay."""
+    folder = SHARED / "configs" / name
+    if not folder.exists():
+        pytest.skip("no ../shared/configs")
+    cfg, hf = read_config(folder), transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(hf)
+    theirs = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    assert {t.name: t.shape for t in tensor_table(cfg)} == theirs
+    assert from_hf(to_hf(cfg), "x") == cfg
+    keep = [i for i in range(cfg.num_layers) if i % 3]
+    cut = cut_config(json.loads((folder / "config.json").read_text()), keep)
+    assert from_hf(cut, "x") == cfg.take_layers(keep)
+    types = getattr(transformers.AutoConfig.for_model(**cut), "layer_types", None)
+    if types is not None:
+        assert types == [hf.layer_types[i] for i in keep] and len(set(types)) == 2
 
 
 def test_deepseek_r1(tmp_path):

@@ -186,7 +186,7 @@ def test_layers_that_draft_tokens_follow(tmp_path):
         ({"unheard_of": [1, 2, 3, 4, 5]}, "unheard_of"),
         ({"full_attn_layers": [1, 3]}, "full_attn_layers"),
         ({"layer_types": ["a"]}, "layer_types has 1 entries"),
-        ({"model_type": "gemma2"}, "gemma2 without layer_types"),
+        ({"model_type": "qwen3_next"}, "qwen3_next without layer_types"),
         ({"num_hidden_layers": None, "text_config": {"num_hidden_layers": 5}}, "text_config"),
         ({"quantization_config": {"ignore": ["re:.*layers\\.(0|1)\\.x"]}}, "cannot be renumbered"),
         ({"quantization_config": {"ignore": ["re:.*\\.1\\.x"]}}, "cannot be renumbered"),

@@ -193,14 +193,22 @@ def test_old_and_new_form_are_one():
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"model_type": "gemma2"}, ["gemma2", *FAMILIES]),
+        ({"model_type": "gemma3"}, ["gemma3", *FAMILIES]),
         ({}, ["model_type", *FAMILIES]),
         (
             {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
             ["LlamaForCausalLM"],
         ),
         ({"model_type": "qwen3", "quantization_config": {"quant_method": "fp8"}}, ["fp8"]),
-        ({"model_type": "llama", "rope_scaling": {"rope_type": "longrope"}}, ["longrope", "yarn"]),
+        ({"model_type": "llama", "rope_scaling": {"rope_type": "axial"}}, ["axial", "longrope"]),
+        ({"model_type": "llama", "rope_scaling": {"rope_type": "longrope"}}, ["short_factor"]),
+        (
+            {
+                "model_type": "phi3",
+                "rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1, 2]},
+            },
+            ["96", "[1, 2]"],
+        ),
         ({"model_type": "llama", "rope_scaling": {"type": "linear"}}, ["factor", "None"]),
         ({"model_type": "llama", "rope_parameters": {"full_attention": {}}}, ["full_attention"]),
         ({"model_type": "llama", "partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),

@@ -12,6 +12,7 @@ from e3jax import mesh
 from e3jax.distill import losses, terms
 from e3jax.distill.losses import Objective, Online, TopK
 from e3jax.errors import UserError
+from e3jax.models.head import Head
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 
@@ -293,6 +294,38 @@ def test_teacher_top_k():
         np.testing.assert_allclose(entropy, known.entropy, atol=1e-5)
         z = x["h_t"] @ x["head_t"].T / temperature
         np.testing.assert_allclose(normaliser, np.log(np.exp(z).sum(-1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("facts", [{"cap": 2.0}, {"scale": 0.3}, {"scale": 2.5, "cap": 1.5}])
+@pytest.mark.parametrize("taught", [False, True])
+def test_heads_that_scale_and_cap(facts, taught):
+    """Of student and teacher, against jax.grad of a loss of whole logits in float32."""
+    x, o = problem(), Objective(ce=0.3 if taught else 0.0, chunk=9)
+    of_teacher = {"scale": 0.7, "cap": 2.5}
+
+    def logp(h, matrix, scale=1.0, cap=None):
+        z = jnp.matmul(h, matrix.T, precision="highest") * scale
+        return jax.nn.log_softmax(z if cap is None else cap * jnp.tanh(z / cap))
+
+    log_p = logp(x["h_t"], x["head_t"], **of_teacher)
+
+    def whole(h, matrix):
+        log_q = logp(h, matrix, **facts)
+        nll = -jnp.take_along_axis(log_q, x["targets"][..., None], -1)[..., 0]
+        kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
+        return jnp.sum(x["mask"] * ((1 - o.ce) * kl + o.ce * nll if taught else nll)), kl
+
+    want, grads = jax.value_and_grad(whole, (0, 1), has_aux=True)(x["h"], x["head"])
+    teacher = Online(x["h_t"], Head(x["head_t"], **of_teacher)) if taught else None
+    sums, d_h, d_head = chunked(x["h"], Head(x["head"], **facts), x, teacher, o)
+    np.testing.assert_allclose(jnp.sum(sums.loss), want[0], rtol=1e-5)
+    for found, exact in zip((d_h, d_head.matrix), grads, strict=True):
+        np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
+    heads = Head(x["head"], **facts), Head(x["head_t"], **of_teacher)
+    each = losses.each_token(x["h"], heads[0], x["h_t"], heads[1], x["targets"], 9)
+    np.testing.assert_allclose(each.kl, want[1], atol=1e-5)
+    ids, top, _, _ = losses.teacher_topk(x["h_t"], heads[1], 3, 1.0, 9)
+    np.testing.assert_allclose(top, jnp.take_along_axis(log_p, ids, -1), atol=1e-5)
 
 
 def sizes(jaxpr):

@@ -29,16 +29,19 @@ def packed_segments(rows, time):
     return segments.astype(np.int32)
 
 
-CASES = [  # T, K, G, H, window, greatest block
-    (128, 2, 2, 64, None, 512),
-    (300, 1, 4, 80, 100, 512),  # one block of 384, the row padded
-    (500, 1, 2, 96, 200, 128),  # four; the window reaches over them
-    (520, 1, 1, 256, 1, 512),  # two of 384
+CASES = [  # T, K, G, H, window, greatest block, whether there are sinks
+    (128, 2, 2, 64, None, 512, True),
+    (300, 1, 4, 80, 100, 512, False),  # one block of 384, the row padded
+    (500, 1, 2, 96, 200, 128, True),  # four; the window reaches over them
+    (520, 1, 1, 256, 1, 512, False),  # two of 384
 ]
+NAMES = "time", "kv_heads", "groups", "width", "window", "block", "sinks"
 
 
-@pytest.mark.parametrize(("time", "kv_heads", "groups", "width", "window", "block"), CASES)
-def test_kernel_is_dense_attention(time, kv_heads, groups, width, window, block, monkeypatch):
+@pytest.mark.parametrize(NAMES, CASES)
+def test_kernel_is_dense_attention(
+    time, kv_heads, groups, width, window, block, sinks, monkeypatch
+):
     """Outputs and gradients in float32, at padding too."""
     monkeypatch.setattr(splash, "BLOCK", block)
     rows, rng = 2, np.random.default_rng(0)
@@ -46,15 +49,16 @@ def test_kernel_is_dense_attention(time, kv_heads, groups, width, window, block,
     shapes = (q_shape, k_shape, k_shape, q_shape)
     q, k, v, g = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
     segments = jnp.asarray(packed_segments(rows, time))
+    more = [jnp.asarray(2 * rng.normal(size=(kv_heads, groups)), jnp.float32)] if sinks else []
 
     @functools.partial(jax.jit, static_argnums=0)
     def outcome(make):
         attend = make(segments, (window,))
-        y, pull = jax.vjp(lambda *qkv: attend(jnp.int32(0), *qkv), q, k, v)
+        y, pull = jax.vjp(lambda *arrays: attend(jnp.int32(0), *arrays), q, k, v, *more)
         return y, *pull(g)
 
     wanted = outcome(attention.by_mask)
-    for name, a, b in zip(("y", "dq", "dk", "dv"), outcome(attention.by_splash), wanted):
+    for name, a, b in zip(("y", "dq", "dk", "dv", "ds"), outcome(attention.by_splash), wanted):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5, err_msg=name)
 
 

@@ -14,7 +14,8 @@ from e3jax import mesh
 from e3jax.distill import terms
 from e3jax.distill.terms import Compared, Objective, Online, Sums, TopK, entropy
 from e3jax.errors import UserError
-from e3jax.models.decoder import unembed, wide_product
+from e3jax.models.head import AXES, Head, as_head, finished, gathered, products, unembed
+from e3jax.models.product import wide_product
 
 
 def abstract_topk(rows: int, time: int, k: int) -> TopK:
@@ -33,7 +34,7 @@ def abstract_topk(rows: int, time: int, k: int) -> TopK:
 
 def token_sums(
     h: jax.Array,
-    head: jax.Array,
+    head: Head | jax.Array,
     targets: jax.Array,
     mask: jax.Array,
     teacher: Online | TopK | None,
@@ -54,24 +55,25 @@ def token_sums(
     Raises UserError when the objective cannot be computed from the teacher's stored top-k.
     """
     _check(objective, teacher)
-    given = _Given(targets, mask, teacher, jnp.float32(mean_entropy))
+    given, facts = _Given(targets, mask, teacher, jnp.float32(mean_entropy)), as_head(head)
 
     @jax.custom_vjp
     def sums(h: jax.Array, head: jax.Array, given: _Given) -> tuple[jax.Array, Sums]:
-        found, _ = _scan(h, head, given, objective, None)
+        found, _ = _scan(h, facts.replace(matrix=head), given, objective, None)
         return jnp.sum(found.loss), found
 
     def forward(h: jax.Array, head: jax.Array, given: _Given) -> tuple[Any, Any]:
-        found, grads = _scan(h, head, given, objective, "h" if frozen_head else "both")
+        wanted = "h" if frozen_head else "both"
+        found, grads = _scan(h, facts.replace(matrix=head), given, objective, wanted)
         return (jnp.sum(found.loss), found), grads
 
     def backward(grads: Any, cotangents: Any) -> tuple:
         d_h, d_head = grads
-        d_head = None if d_head is None else (cotangents[0] * d_head).astype(head.dtype)
+        d_head = None if d_head is None else (cotangents[0] * d_head).astype(facts.matrix.dtype)
         return (cotangents[0] * d_h).astype(h.dtype), d_head, None
 
     sums.defvjp(forward, backward)
-    return sums(h, head, given)
+    return sums(h, facts.matrix, given)
 
 
 @flax.struct.dataclass
@@ -86,7 +88,7 @@ class _Given:
 
 def _scan(
     h: jax.Array,
-    head: jax.Array,
+    head: Head,
     given: _Given,
     objective: Objective,
     wanted: Literal["h", "both"] | None,
@@ -96,18 +98,18 @@ def _scan(
     A chunk's gradients are taken while its logits are there: backward would make them once more,
     the teacher's too.
     """
-    teacher, axes = given.teacher, ("vocab", "embed")
+    teacher = given.teacher
     per_token: tuple[jax.Array, ...] = (h, given.targets, given.mask)
     # In h's dtype at once: half the bytes to gather, and not made again for each chunk.
-    head_q, head_p = mesh.gather(head.astype(h.dtype), axes), None
+    head_q, head_p = gathered(head, h.dtype), None
     if isinstance(teacher, Online):
-        head_p = mesh.gather(teacher.head.astype(h.dtype), axes)
+        head_p = gathered(as_head(teacher.head), h.dtype)
         per_token = (*per_token, teacher.h)
     elif teacher is not None:
         per_token = (*per_token, teacher.ids, teacher.logp, teacher.entropy)
 
-    def row_sums(logits_q: jax.Array, targets: jax.Array, mask: jax.Array, *rest: jax.Array) -> Any:
-        mean = given.mean_entropy
+    def row_sums(made_q: jax.Array, targets: jax.Array, mask: jax.Array, *rest: jax.Array) -> Any:
+        logits_q, mean = finished(made_q, head_q), given.mean_entropy
         if isinstance(teacher, Online):
             logits_p = unembed(rest[0], head_p)
             logits_p = mesh.repeat_rows(logits_p, len(logits_q) // len(logits_p))
@@ -122,15 +124,16 @@ def _scan(
     def chunk(x: tuple[jax.Array, ...]) -> tuple[tuple[Sums, Any], Any]:
         """What adds up over chunks, and the gradient of the chunk's own h."""
         h, *rest = x
-        logits_q = unembed(h, head_q)
+        made_q = products(h, head_q.matrix)
         if wanted is None:
-            return (row_sums(logits_q, *rest)[1], None), None
-        grad, rows = jax.grad(row_sums, has_aux=True)(logits_q, *rest)
+            return (row_sums(made_q, *rest)[1], None), None
+        grad, rows = jax.grad(row_sums, has_aux=True)(made_q, *rest)
         grad = grad.astype(h.dtype)
-        d_h = wide_product("btv,vd->btd", grad, head_q, mesh.out(("batch", None, None), h.shape))
+        out = mesh.out(("batch", None, None), h.shape)
+        d_h = wide_product("btv,vd->btd", grad, head_q.matrix, out)
         if wanted == "h":
             return (rows, None), d_h.astype(h.dtype)
-        d_head = wide_product("btv,btd->vd", grad, h, mesh.unreduced(axes, head.shape))
+        d_head = wide_product("btv,btd->vd", grad, h, mesh.unreduced(AXES, head.matrix.shape))
         return (rows, d_head), d_h.astype(h.dtype)
 
     size = positions(h.shape, objective.chunk)
@@ -145,7 +148,7 @@ def _scan(
     (sums, d_head), d_h = jax.lax.scan(add, zeros, xs)
     if d_h is not None:
         d_h = join_time(d_h, h.shape[1])
-    return sums, (d_h, None if d_head is None else mesh.scatter(d_head, axes))
+    return sums, (d_h, None if d_head is None else mesh.scatter(d_head, AXES))
 
 
 def positions(shape: tuple[int, ...], chunk: int) -> int:
@@ -194,15 +197,14 @@ def _check(objective: Objective, teacher: Online | TopK | None) -> None:
 
 def each_token(
     h_q: jax.Array,
-    head_q: jax.Array,
+    head_q: Head | jax.Array,
     h_p: jax.Array,
-    head_p: jax.Array,
+    head_p: Head | jax.Array,
     targets: jax.Array,
     chunk: int,
 ) -> Compared:
     """Student q beside teacher p at every token, float32 [B, T]; arrays as in `token_sums`."""
-    axes = ("vocab", "embed")
-    heads = tuple(mesh.gather(head.astype(h_q.dtype), axes) for head in (head_q, head_p))
+    heads = [gathered(as_head(head), h_q.dtype) for head in (head_q, head_p)]
 
     def one(x: tuple[jax.Array, ...]) -> Compared:
         h_q, h_p, targets = x
@@ -214,15 +216,15 @@ def each_token(
 
 
 def teacher_topk(
-    h: jax.Array, head: jax.Array, k: int, temperature: float, chunk: int
+    h: jax.Array, head: Head | jax.Array, k: int, temperature: float, chunk: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """What a teacher cache stores: ids int32 and log-probabilities [B, T, k], most likely first,
     entropy and log-normaliser float32 [B, T]; all of the distribution at `temperature`.
     """
-    head = mesh.gather(head.astype(h.dtype), ("vocab", "embed"))
+    whole = gathered(as_head(head), h.dtype)
 
     def one(h: jax.Array) -> tuple[jax.Array, ...]:
-        scores = unembed(h, head) / temperature
+        scores = unembed(h, whole) / temperature
         if mesh.current() is not None:  # top_k needs the whole vocabulary
             scores = jax.sharding.reshard(scores, mesh.spec(("batch", None, None)))
         normaliser = jax.nn.logsumexp(scores, axis=-1)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from e3jax import config, mesh
+from e3jax.models.head import Head
 
 SAMPLE = 1024  # outcomes whose greatest logit stands for the greatest of all
 NEAR = 60.0  # nats above it at which sums of e^z are far from float32's end, e^88
@@ -44,7 +45,7 @@ class Online:
     """A teacher in the step: its final hidden states [B, T, D] and head [V, D]."""
 
     h: jax.Array
-    head: jax.Array
+    head: Head | jax.Array
 
 
 @flax.struct.dataclass

@@ -112,7 +112,7 @@ def _cut_known(config: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
         cut["model_type"] = cfg.family  # of which it was another name
     told = FAMILIES[cfg.family].told
     before, after = told(cfg), told(cfg.take_layers(keep))
-    plain = told(dataclasses.replace(cfg, windows=(None,) * cfg.num_layers, dense=()))
+    plain = told(dataclasses.replace(cfg, windows=(None,) * cfg.num_layers, dense=(), ropes=()))
     cut |= {key: after[key] for key in after if key in config or before[key] != plain[key]}
     if from_hf(cut, "config.json") != cfg.take_layers(keep):
         raise UserError(

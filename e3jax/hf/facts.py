@@ -18,6 +18,7 @@ Windows = tuple[int | None, ...]
 # have one tensor, they are its rows, one after the other.
 NAMES = {
     "attn_norm": "input_layernorm.weight",
+    "attn_norm_bias": "input_layernorm.bias",
     "q": "self_attn.q_proj.weight",
     "k": "self_attn.k_proj.weight",
     "v": "self_attn.v_proj.weight",
@@ -29,12 +30,15 @@ NAMES = {
     "q_norm": "self_attn.q_norm.weight",
     "k_norm": "self_attn.k_norm.weight",
     "mlp_norm": "post_attention_layernorm.weight",
+    "mlp_norm_bias": "post_attention_layernorm.bias",
     "gate": "mlp.gate_proj.weight",
     "up": "mlp.up_proj.weight",
     "down": "mlp.down_proj.weight",
     "gate_bias": "mlp.gate_proj.bias",
     "up_bias": "mlp.up_proj.bias",
     "down_bias": "mlp.down_proj.bias",
+    "attn_out_norm": "post_attention_layernorm.weight",  # in models without `mlp_norm`
+    "mlp_out_norm": "post_feedforward_layernorm.weight",
     "router": "mlp.gate.weight",
     "router_choice_bias": "mlp.gate.e_score_correction_bias",
     "expert_gate": "mlp.experts.{}.gate_proj.weight",
@@ -53,9 +57,15 @@ class Facts:
     given: Mapping[str, Any]
     defaults: Mapping[str, Any]
     where: str  # names the file in messages
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)  # llama's keys -> theirs
+
+    def name(self, key: str) -> str:
+        """What this family calls a key of llama's."""
+        return self.renamed.get(key, key)
 
     def get(self, key: str) -> Any:
         """The value; one that is there as null is none."""
+        key = self.name(key)
         return self.given[key] if key in self.given else self.defaults.get(key)
 
     def flag(self, key: str) -> bool:
@@ -65,7 +75,9 @@ class Facts:
         """A whole number, `default` where there is none. Raises UserError."""
         value = default if self.get(key) is None else self.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise self.error(f"{key} is {value!r}; expected a whole number above {least - 1}")
+            raise self.error(
+                f"{self.name(key)} is {value!r}; expected a whole number above {least - 1}"
+            )
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -76,7 +88,7 @@ class Facts:
             or not isinstance(value, int | float)
             or not 0 < value < math.inf
         ):
-            raise self.error(f"{key} is {value!r}; expected a number above 0")
+            raise self.error(f"{self.name(key)} is {value!r}; expected a number above 0")
         return float(value)
 
     def error(self, text: str) -> UserError:
@@ -111,6 +123,27 @@ def typed_windows(facts: Facts) -> Windows:
     return tuple(window if t == SLIDING else None for t in types)
 
 
+def windows_by_type(facts: Facts, every: int | None) -> Windows:
+    """As `layer_types` says; without it `sliding_window` is for all layers but each `every`-th, or
+    for all or none, as `one_window` has it."""
+    num_layers, types = facts.size("num_hidden_layers"), facts.get("layer_types")
+    if types is None:
+        if every is None:
+            return one_window(facts)
+        types = [SLIDING if (i + 1) % every else FULL for i in range(num_layers)]
+    check_types(facts, types)
+    return tuple(facts.size("sliding_window") if t == SLIDING else None for t in types)
+
+
+def types_told(cfg: ModelConfig) -> dict[str, Any]:
+    return {"layer_types": [SLIDING if window else FULL for window in cfg.windows]}
+
+
+def one_of(windows: Windows) -> int | None:
+    """`sliding_window` of layers of which some have it."""
+    return max((window for window in windows if window), default=None)
+
+
 def check_types(facts: Facts, types: list[str]) -> None:
     """Raises UserError unless `layer_types` has a known entry for each layer."""
     num_layers = facts.size("num_hidden_layers")
@@ -140,6 +173,7 @@ class Family:
     told: Callable[[ModelConfig], dict[str, Any]] = nothing
     tensors: Mapping[str, str] = dataclasses.field(default_factory=lambda: NAMES)
     refuse: Callable[[Facts], None] = lambda _: None  # raises UserError
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)  # llama's keys -> theirs
     exported_as: str = ""  # the model_type of which this is another name
     # The key that counts layers behind the last one which only draft tokens ahead.
     drafts: str = ""

@@ -50,12 +50,12 @@ def from_hf(config: dict[str, Any], where: str) -> ModelConfig:
     that is not supported.
     """
     family = _family(config, where)
-    facts = Facts(config, family.defaults, where)
+    facts = Facts(config, family.defaults, where, family.renamed)
     family.refuse(facts)
     width, num_heads = facts.size("hidden_size"), facts.size("num_attention_heads")
     if facts.get("hidden_act") not in ACTIVATIONS:
         raise facts.error(
-            f"hidden_act {facts.get('hidden_act')!r} is not supported; "
+            f"{facts.name('hidden_act')} {facts.get('hidden_act')!r} is not supported; "
             f"supported: {', '.join(ACTIVATIONS)}"
         )
     fields = {
@@ -71,10 +71,11 @@ def from_hf(config: dict[str, Any], where: str) -> ModelConfig:
         "norm_eps": facts.number("rms_norm_eps"),
         "tied": facts.flag("tie_word_embeddings"),
         "windows": family.windows(facts),
-        "rope": read_rope(facts, facts.size("max_position_embeddings")),
         "activation": facts.get("hidden_act"),
     }
     fields |= family.read(facts)
+    if "rope" not in fields:
+        fields["rope"] = read_rope(facts, facts.size("max_position_embeddings"))
     if num_heads % fields["num_kv_heads"]:
         raise facts.error(
             f"num_attention_heads {num_heads} is not a multiple of "
@@ -82,7 +83,14 @@ def from_hf(config: dict[str, Any], where: str) -> ModelConfig:
         )
     if fields["head_dim"] % 2:
         raise facts.error(f"head_dim is {fields['head_dim']}; rotary embeddings need an even one")
-    return ModelConfig(**fields)
+    cfg = ModelConfig(**fields)
+    planes = {len(f) for f in (cfg.rope.short_factors, cfg.rope.long_factors) if f}
+    if cfg.rope_dim % 2 or planes - {cfg.rope_dim // 2}:
+        raise facts.error(
+            f"{cfg.rope_dim} numbers of a head are rotated, in pairs, and there are factors for "
+            f"{sorted(planes) or 'all'}; expected an even number, and a factor for each pair"
+        )
+    return cfg
 
 
 def _family(config: dict[str, Any], where: str) -> Family:
@@ -144,6 +152,7 @@ def to_hf(
         "rope_parameters": write_rope(cfg.rope),
         "use_cache": True,
     }
+    config = {family.renamed.get(key, key): value for key, value in config.items()}
     config |= family.write(cfg) | family.told(cfg)
     if from_hf(config, "config.json") != cfg:
         raise UserError(f"a {cfg.family} config.json cannot express {cfg}")

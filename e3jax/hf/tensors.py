@@ -9,12 +9,9 @@ from e3jax.hf.families import FAMILIES
 from e3jax.models.config import ModelConfig
 from e3jax.models.params import Leaf, param_table
 
-EMBED, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-OWN = (
-    "experts",
-    "embed",
-    "rank",
-)  # axes that a stored tensor has too; neighbours of others are one
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FINAL_NORM = {"final_norm": "model.norm.weight", "final_norm_bias": "model.norm.bias"}
+OWN = ("experts", "embed", "rank")  # axes that a stored tensor has too; others' neighbours are one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +53,9 @@ def tensor_table(cfg: ModelConfig) -> tuple[Tensor, ...]:
         for run in cfg.runs:
             for at in range(run.count):
                 yield from _of_layer(cfg, run.stack, run.first + at, run.at + at, leaves[run.stack])
-        yield _tensor(FINAL_NORM, None, {("final_norm",): leaves["final_norm"]}, ())
+        for key, name in FINAL_NORM.items():
+            if key in leaves:
+                yield _tensor(name, None, {(key,): leaves[key]}, ())
         if "head" in leaves:
             yield _tensor(HEAD, None, {("head",): leaves["head"]}, ())
 

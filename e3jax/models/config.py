@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
-Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
+Activation = Literal["silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 
 
@@ -14,10 +14,10 @@ class Rope:
 
     `kind` names the formula; the fields below `theta` that a kind does not use keep their default.
     Sources: linear (kaiokendev 2023), dynamic (NTK-aware, reddit 2023), yarn (arXiv 2309.00071),
-    llama3 (Llama 3.1 reference code).
+    llama3 (Llama 3.1 reference code), longrope (arXiv 2402.13753).
     """
 
-    kind: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
     theta: float = 10_000.0
     factor: float = 1.0
     original_max_position: int = 0  # context before scaling; 0 where the kind does not need it
@@ -25,9 +25,12 @@ class Rope:
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
-    attention_factor: float = 1.0  # yarn: multiplies cos and sin
+    attention_factor: float = 1.0  # yarn, longrope: multiplies cos and sin
     truncate: bool = True  # yarn: whether the correction range is rounded outwards to integers
     interleaved: bool = False  # neighbours turn together, not numbers half a head apart
+    # longrope: what slows each plane, in rows within the original context and in longer ones
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +106,29 @@ class ModelConfig:
     experts: Experts | None = None
     dense: tuple[int, ...] = ()  # the layers that have the mlp although the model has experts
     attention_scale: float | None = None  # of the scores; None = head_dim ** -0.5
+    sinks: bool = False  # each head has a score to nothing, beside those to its keys
+    attention_cap: float | None = None  # soft cap of the scores: cap tanh(score / cap)
+    logits_scale: float = 1.0  # the head's products are multiplied by this
+    logits_cap: float | None = None  # and then held below this, softly
+    embed_scale: float = 1.0  # of the token embeddings, rounded to the dtype they are in
+    residual_scale: float = 1.0  # of what attention and mlp add to the residual stream
+    norm: Literal["rms", "layer"] = "rms"  # kind of all norms but those of queries and keys
+    norm_bias: bool = False  # of the kind "layer"
+    norm_offset: float = 0.0  # norms multiply by this plus their weight, and not the weight alone
+    # Where a layer's norms are: before attention and mlp, after them, or both.
+    norms: Literal["before", "after", "around"] = "before"
+    parallel: bool = False  # attention and mlp read the same norm, and both are added at once
+    gated: bool = True  # the mlp multiplies its activations by a second product
+    # Of a head's queries and keys, the first so many numbers are turned by their position; None =
+    # all of them.
+    turned: int | None = None
+    # Per layer, where layers differ: its rope, None = positions turn nothing. () = all have `rope`.
+    ropes: tuple[Rope | None, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.num_heads % self.num_kv_heads == 0, (self.num_heads, self.num_kv_heads)
         assert len(self.windows) == self.num_layers, (len(self.windows), self.num_layers)
+        assert len(self.ropes) in (0, self.num_layers), (len(self.ropes), self.num_layers)
         assert self.experts is not None or not self.dense, self.dense
 
     @property
@@ -136,7 +158,7 @@ class ModelConfig:
     @property
     def rope_dim(self) -> int:
         """How many numbers of a head's queries and keys are turned by their position."""
-        return self.latent.rope_dim if self.latent else self.head_dim
+        return self.latent.rope_dim if self.latent else self.turned or self.head_dim
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -158,4 +180,5 @@ class ModelConfig:
             num_layers=len(keep),
             windows=tuple(self.windows[i] for i in keep),
             dense=tuple(new for new, old in enumerate(keep) if old in self.dense),
+            ropes=tuple(self.ropes[i] for i in keep) if self.ropes else (),
         )

@@ -21,13 +21,14 @@ import numpy as np
 from e3jax import mesh
 from e3jax.models import recompute, rope
 from e3jax.models.attention import make_attention
-from e3jax.models.config import ModelConfig, Run
+from e3jax.models.config import ModelConfig, Rope, Run
 from e3jax.models.gate import apply_gate
+from e3jax.models.head import Head, gathered, unembed
 from e3jax.models.layer import layer
-from e3jax.models.norm import rms_norm
+from e3jax.models.norm import norm
+from e3jax.models.norm import rms_norm as rms_norm
 from e3jax.models.params import Leaf, Params, param_table
 from e3jax.models.params import count_params as count_params
-from e3jax.models.product import wide_product
 
 
 @flax.struct.dataclass
@@ -132,6 +133,12 @@ def weights_of(params: Params, run: Run, index: Any) -> Params:
     return jax.tree.map(lambda stack: stack[index - run.first + run.at], params[run.stack])
 
 
+def first_stream(params: Params, tokens: jax.Array, cfg: ModelConfig, dtype: Any) -> jax.Array:
+    """The residual stream before all layers, [B, T, D]: embeddings, scaled where the model does."""
+    h = embed(params, tokens, dtype)
+    return h if cfg.embed_scale == 1.0 else h * jnp.asarray(cfg.embed_scale, dtype)
+
+
 def embed(params: Params, tokens: jax.Array, dtype: Any) -> jax.Array:
     """Token embeddings [B, T, D]."""
     table, shape = params["embed"], (*tokens.shape, params["embed"].shape[1])
@@ -149,6 +156,15 @@ def window_kinds(cfg: ModelConfig) -> tuple[tuple[int | None, ...], np.ndarray]:
     """The distinct sliding windows of the model, and which of them each layer uses, int32 [L]."""
     kinds = tuple(dict.fromkeys(cfg.windows))
     return kinds, np.array([kinds.index(window) for window in cfg.windows], np.int32)
+
+
+def rope_kinds(cfg: ModelConfig) -> tuple[tuple[Rope | None, ...], np.ndarray | None]:
+    """The distinct ropes of the model, and which of them each layer uses, int32 [L]; None where
+    all use one."""
+    kinds = tuple(dict.fromkeys(cfg.ropes or (cfg.rope,)))
+    if len(kinds) == 1:
+        return kinds, None
+    return kinds, np.array([kinds.index(rope) for rope in cfg.ropes], np.int32)
 
 
 def hidden(
@@ -185,7 +201,7 @@ def hidden(
 
     of_number = by_number(params, cfg, apply)
     scan = functools.partial(jax.lax.scan, recompute.checkpoint(body, remat))
-    h, stats = embed(params, batch.tokens, dtype), []
+    h, stats = first_stream(params, batch.tokens, cfg, dtype), []
     gates_lb = None if gates_bl is None else gates_bl.T
     if layer_ids is not None:
         h, found = scan(h, (None, jnp.asarray(layer_ids, jnp.int32), None, beside))
@@ -238,35 +254,33 @@ def by_number(
 
 def last_norm(params: Params, h_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
     """The residual stream after all layers -> what the head reads."""
-    return rms_norm(h_btd, params["final_norm"], cfg.norm_eps)
+    return norm(params, "final_norm", h_btd, cfg)
 
 
 def applier(
     batch: Batch, cfg: ModelConfig, dtype: Any
 ) -> Callable[[Params, jax.Array, Any], jax.Array]:
     """A (weights, residual stream, index of the layer) -> residual stream after it, for a batch."""
-    cos_sin = rope.angles(batch.positions, cfg.rope, cfg.rope_dim)
+    ropes, rope_of = rope_kinds(cfg)
+    angles = rope.make_angles(batch.positions, ropes, cfg.rope_dim)
     kinds, kind_of = window_kinds(cfg)
     kind_l = jnp.asarray(kind_of, jnp.int32)
-    attend = make_attention(batch.segments, kinds, cfg.head_dim, dtype, batch.documents)
+    attend = make_attention(
+        batch.segments, kinds, cfg.head_dim, dtype, batch.documents, cfg.attention_cap, cfg.sinks
+    )
 
     def apply(w: Params, h: jax.Array, index: Any) -> jax.Array:
+        cos_sin = angles(None if rope_of is None else jnp.asarray(rope_of)[index])
         return layer(w, h, cos_sin, functools.partial(attend, kind_l[index]), cfg)
 
     return apply
 
 
-def head(params: Params, cfg: ModelConfig) -> jax.Array:
-    """Output head [V, D], as stored."""
-    return params["embed" if cfg.tied else "head"]
-
-
-def unembed(h_btd: jax.Array, head_vd: jax.Array) -> jax.Array:
-    """float32 logits [B, T, V], multiplied in the dtype of `h_btd`."""
-    out = mesh.out(("batch", None, "vocab"), (*h_btd.shape[:2], head_vd.shape[0]))
-    return wide_product("btd,vd->btv", h_btd, head_vd, out)
+def head(params: Params, cfg: ModelConfig) -> Head:
+    """Output head, its matrix as stored."""
+    return Head(params["embed" if cfg.tied else "head"], cfg.logits_scale, cfg.logits_cap)
 
 
 def logits(params: Params, h_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
     """float32 [B, T, V]; for short sequences (decoding, tests): losses never form it whole."""
-    return unembed(h_btd, mesh.gather(head(params, cfg), ("vocab", "embed")))
+    return unembed(h_btd, gathered(head(params, cfg), h_btd.dtype))

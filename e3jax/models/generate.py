@@ -18,7 +18,6 @@ from e3jax.models import decoder, rope
 from e3jax.models.attention import attend_by_head, causal_mask, make_attention, select_mask
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Params
-from e3jax.models.norm import rms_norm
 
 Cache = tuple[jax.Array, ...]  # keys, and values unless they are a part of them; see `cache_order`
 TOGETHER = 128  # tokens a row that one call decodes; in between the host can speak and stop
@@ -78,6 +77,7 @@ def left_pad(prompts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, 
 def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Sequence[int]) -> Greedy:
     """Greedy decoding of at most N = `max_new_tokens`, each row up to the first of `eos`."""
     kinds, kind_of = decoder.window_kinds(cfg)
+    ropes, rope_of = decoder.rope_kinds(cfg)
     width_of_key = cfg.head_dim if cfg.latent is None else cfg.latent.kv_rank + cfg.latent.rope_dim
     apply = partial(decoder.layer, cfg=cfg, absorbed=True)
 
@@ -87,8 +87,12 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
     def values(cache: Sequence[jax.Array]) -> jax.Array:
         return cache[1] if cfg.latent is None else cache[0][..., : cfg.latent.kv_rank]
 
+    def each(kinds: Any) -> Any:
+        """An entry a layer, where there are none too."""
+        return [None] * cfg.num_layers if kinds is None else kinds
+
     def next_token(weights: Params, h_btd: jax.Array) -> jax.Array:
-        h = rms_norm(h_btd[:, -1:], weights["final_norm"], cfg.norm_eps)
+        h = decoder.last_norm(weights, h_btd[:, -1:], cfg)
         scores = decoder.logits(weights, h, cfg)[:, 0]
         if mesh.current() is not None:  # argmax needs the whole vocabulary
             scores = jax.sharding.reshard(scores, mesh.spec(("batch", None)))
@@ -99,32 +103,40 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
         width, order = tokens.shape[1], cache_order(len(tokens))
         pad = width - jnp.sum(segments, axis=1)
         positions = jnp.maximum(jnp.arange(width)[None] - pad[:, None], 0)
-        cos_sin = rope.angles(positions, cfg.rope, cfg.rope_dim)
-        among_prompt = make_attention(segments, kinds, width_of_key, dtype, documents=2)
+        angles = rope.make_angles(positions, ropes, cfg.rope_dim)
+        among_prompt = make_attention(
+            segments,
+            kinds,
+            width_of_key,
+            dtype,
+            documents=2,
+            cap=cfg.attention_cap,
+            sinks=cfg.sinks,
+        )
         ahead = ((0, 0), (0, max_new_tokens))
 
         def one(h: jax.Array, xs: tuple) -> tuple[jax.Array, Cache]:
-            w, kind = xs
+            w, kind, turn = xs
             found: Cache | None = None
 
-            def see(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            def see(q: jax.Array, k: jax.Array, v: jax.Array, *sinks: jax.Array) -> jax.Array:
                 nonlocal found
                 longer = [(0, max_new_tokens if axis == 1 else 0) for axis in order]
                 found = tuple(jnp.pad(x.transpose(order), longer) for x in stored(k, v))
-                return among_prompt(kind, q, k, v)
+                return among_prompt(kind, q, k, v, *sinks)
 
-            h = apply(w, h, cos_sin, see)
+            h = apply(w, h, angles(turn), see)
             assert found is not None
             return h, found
 
-        h, cache = decoder.embed(weights, tokens, dtype), []
+        h, cache = decoder.first_stream(weights, tokens, cfg, dtype), []
         if is_apart(weights):
-            for xs in zip(weights["layers"], kind_of, strict=True):
+            for xs in zip(weights["layers"], kind_of, each(rope_of), strict=True):
                 h, found = one(h, xs)
                 cache.append(found)
         else:
             for run in cfg.runs:
-                h, found = jax.lax.scan(one, h, decoder.of_run((weights, kind_of), run))
+                h, found = jax.lax.scan(one, h, decoder.of_run((weights, kind_of, rope_of), run))
                 cache.append(found)
         first = next_token(weights, h)
         return Decoding(
@@ -151,13 +163,14 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
         column = width + state.step
         masks = [causal_mask(state.segments, window, column, 1) for window in kinds]
         pad = width - jnp.sum(state.segments[:, :width], axis=1)
-        cos_sin = rope.angles((column - pad)[:, None], cfg.rope, cfg.rope_dim)
+        angles = rope.make_angles((column - pad)[:, None], ropes, cfg.rope_dim)
 
-        def one(h: jax.Array, w: Params, kind: Any, cache: Any, layer: tuple) -> tuple:
+        def one(h: jax.Array, of_layer: tuple, cache: Any, layer: tuple) -> tuple:
             """A layer on the new tokens; theirs go to `column` of its cache, or of what is stacked
             at `layer`."""
+            w, kind, turn = of_layer
 
-            def see(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            def see(q: jax.Array, k: jax.Array, v: jax.Array, *sinks: jax.Array) -> jax.Array:
                 nonlocal cache
                 at = (*layer, *(column if axis == 1 else 0 for axis in order))
                 stacked = (None,) * len(layer)
@@ -167,23 +180,25 @@ def make_greedy(cfg: ModelConfig, *, dtype: Any, max_new_tokens: int, eos: Seque
                 )
                 seen = cache if not layer else (stack[layer[0]] for stack in cache)
                 seen = [_by_head(x, order) for x in seen]
-                return attend_by_head(q, seen[0], values(seen), select_mask(kind, masks))
+                mask = select_mask(kind, masks)
+                return attend_by_head(q, seen[0], values(seen), mask, cfg.attention_cap, *sinks)
 
-            h = apply(w, h, cos_sin, see)
+            h = apply(w, h, angles(turn), see)
             return h, cache
 
         def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
-            (w, kind), index = xs
-            return one(carry[0], w, kind, carry[1], (index,)), None
+            of_layer, index = xs
+            return one(carry[0], of_layer, carry[1], (index,)), None
 
-        h, cache = decoder.embed(weights, jnp.maximum(token, 0)[:, None], dtype), []
+        h, cache = decoder.first_stream(weights, jnp.maximum(token, 0)[:, None], cfg, dtype), []
         if is_apart(weights):
-            for w, kind, old in zip(weights["layers"], kind_of, state.cache, strict=True):
-                h, new = one(h, w, kind, old, ())
+            layers = zip(weights["layers"], kind_of, each(rope_of), strict=True)
+            for of_layer, old in zip(layers, state.cache, strict=True):
+                h, new = one(h, of_layer, old, ())
                 cache.append(new)
         else:
             for run, old in zip(cfg.runs, state.cache, strict=True):
-                xs = decoder.of_run((weights, kind_of), run), jnp.arange(run.count)
+                xs = decoder.of_run((weights, kind_of, rope_of), run), jnp.arange(run.count)
                 (h, new), _ = jax.lax.scan(body, (h, old), xs)
                 cache.append(new)
         return state.replace(
@@ -239,7 +254,7 @@ def prepare(params: Params, *, cfg: ModelConfig, dtype: Any) -> Params:
 
 def stays_wide(name: str) -> bool:
     """Whether a parameter is used in float32 alone: norms, and what chooses experts."""
-    return name.endswith("norm") or name.startswith("router")
+    return name.endswith(("norm", "norm_bias")) or name.startswith("router")
 
 
 def _made(fn: Callable[..., Any], tree: Any, dtype: Any) -> Any:

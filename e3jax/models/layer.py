@@ -1,4 +1,4 @@
-"""One decoder layer: self-attention and the feed-forward network, each behind its norm.
+"""One decoder layer: self-attention and the feed-forward network, with their norms.
 
 Axes as in decoder.py.
 """
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from e3jax.models import latent, moe, recompute, rope
 from e3jax.models.attention import Attend, scaled
 from e3jax.models.config import ModelConfig
-from e3jax.models.norm import norm_rotate, rms_norm
+from e3jax.models.norm import norm, norm_rotate, rms_norm, scale_of
 from e3jax.models.params import Params
 from e3jax.models.product import project
 
@@ -21,6 +21,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": jax.nn.gelu,
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
 
@@ -38,15 +39,23 @@ def layer(
     attend: knows who sees whom, and in decoding the keys that came before. absorbed: what latent
     attention gives it are latent vectors (latent.py).
     """
-    x = rms_norm(h_btd, w["attn_norm"], cfg.norm_eps)
+    x = norm(w, "attn_norm", h_btd, cfg)
     if cfg.latent is not None:
         y = latent.attention(w, x, cos_sin, attend, cfg, absorbed=absorbed)
     else:
         y = attention(w, x, cos_sin, attend, cfg)
-    h_btd = recompute.keep(h_btd + y)
-    x = rms_norm(h_btd, w["mlp_norm"], cfg.norm_eps)
+    h_btd = h_btd + _added(w, "attn_out_norm", y, cfg)
+    if not cfg.parallel:
+        h_btd = recompute.keep(h_btd)
+        x = norm(w, "mlp_norm", h_btd, cfg)
     y = feed_forward(w, x, cfg)
-    return recompute.keep(h_btd + y)
+    return recompute.keep(h_btd + _added(w, "mlp_out_norm", y, cfg))
+
+
+def _added(w: Params, norm_name: str, y_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """What goes to the residual stream of what attention or mlp give."""
+    y = norm(w, norm_name, y_btd, cfg)
+    return y if cfg.residual_scale == 1.0 else y * jnp.asarray(cfg.residual_scale, y.dtype)
 
 
 def attention(
@@ -66,16 +75,19 @@ def attention(
         )
     q, k, v = map(recompute.keep, (q, k, v))  # before the norm, whose backward asks for its input
     if cfg.qk_norm == "whole":
-        q = rms_norm(q, w["q_norm"], cfg.norm_eps, axes=3)
-        k = rms_norm(k, w["k_norm"], cfg.norm_eps, axes=2)
+        q = rms_norm(q, scale_of(w, "q_norm", cfg), cfg.norm_eps, axes=3)
+        k = rms_norm(k, scale_of(w, "k_norm", cfg), cfg.norm_eps, axes=2)
     if cfg.qkv_clip is not None:
         q, k, v = (jnp.clip(y, -cfg.qkv_clip, cfg.qkv_clip) for y in (q, k, v))
-    if cfg.qk_norm is True:
-        q = norm_rotate(q, w["q_norm"], cos_sin, cfg.norm_eps)
-        k = norm_rotate(k, w["k_norm"], cos_sin, cfg.norm_eps)
+    if cfg.qk_norm is True and cfg.rope_dim == cfg.head_dim and not cfg.rope.interleaved:
+        q = norm_rotate(q, scale_of(w, "q_norm", cfg), cos_sin, cfg.norm_eps)
+        k = norm_rotate(k, scale_of(w, "k_norm", cfg), cos_sin, cfg.norm_eps)
     else:
+        if cfg.qk_norm is True:
+            q = rms_norm(q, scale_of(w, "q_norm", cfg), cfg.norm_eps)
+            k = rms_norm(k, scale_of(w, "k_norm", cfg), cfg.norm_eps)
         q, k = (rope.rotate(x, cos_sin, cfg.rope.interleaved) for x in (q, k))
-    y = attend(scaled(q, cfg), k, v)
+    y = attend(scaled(q, cfg), k, v, *([w["sink_bias"]] if cfg.sinks else []))
     y = project("btnxy,dnxy->btd", y, w["o"], ("batch", None, None))
     return y + w["o_bias"].astype(y.dtype) if cfg.out_bias else y
 
@@ -93,12 +105,13 @@ def feed_forward(w: Params, x_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
 
 
 def mlp(w: Params, x_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """Gated feed-forward network."""
+    """Feed-forward network of one or two products, and one back."""
     return gated(w, x_btd, "", ACTIVATIONS[cfg.activation])
 
 
 def gated(w: Params, x_btd: jax.Array, prefix: str, activation: Callable) -> jax.Array:
-    """down(activation(gate x) * up x) of the matrices whose names begin with `prefix`."""
+    """down(activation(gate x) * up x) of the matrices whose names begin with `prefix`; without a
+    gate down(activation(up x))."""
 
     def with_bias(y: jax.Array, name: str) -> jax.Array:
         bias = w.get(f"{prefix}{name}_bias")
@@ -108,6 +121,8 @@ def gated(w: Params, x_btd: jax.Array, prefix: str, activation: Callable) -> jax
         y = project("btd,fd->btf", x_btd, w[prefix + name], ("batch", None, "mlp"))
         return recompute.keep_large(with_bias(y, name))
 
-    y = activation(wide("gate")) * wide("up")
+    has_gate = f"{prefix}gate" in w
+    y = activation(wide("gate" if has_gate else "up"))
+    y = y * wide("up") if has_gate else y
     y = project("btf,df->btd", y, w[f"{prefix}down"], ("batch", None, None))
     return with_bias(y, "down")

@@ -1,4 +1,4 @@
-"""Root-mean-square norms in float32, alone and with the rotation of queries and keys."""
+"""The norms in float32, and that of queries and keys together with their rotation."""
 
 import functools
 
@@ -6,6 +6,32 @@ import jax
 import jax.numpy as jnp
 
 from e3jax.models import recompute, rope
+from e3jax.models.config import ModelConfig
+from e3jax.models.params import Params
+
+
+def norm(w: Params, name: str, x_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """The model's norm `name` of [B, T, D]; x itself where the model has none there."""
+    if name not in w:
+        return x_btd
+    scale = scale_of(w, name, cfg)
+    if cfg.norm == "layer":
+        return layer_norm(x_btd, scale, w.get(f"{name}_bias"), cfg.norm_eps)
+    return rms_norm(x_btd, scale, cfg.norm_eps)
+
+
+def scale_of(w: Params, name: str, cfg: ModelConfig) -> jax.Array:
+    """What the norm `name` multiplies by, in float32 where that is not its weight alone."""
+    return w[name] if not cfg.norm_offset else w[name].astype(jnp.float32) + cfg.norm_offset
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
+    """Norm of the distance from the mean of the last axis (arXiv 1607.06450), in float32; x's
+    dtype."""
+    wide = x.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    y = wide * _factor(wide, eps) * scale.astype(jnp.float32)
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, axes: int = 1) -> jax.Array:

@@ -33,7 +33,7 @@ def param_table(cfg: ModelConfig) -> Params:
             key: Leaf((len(ids), *leaf.shape), (None, *leaf.axes), leaf.init)
             for key, leaf in leaves.items()
         }
-    table["final_norm"] = _norm(D)
+    table |= _norm(cfg, "final_norm")
     if not cfg.tied:
         table["head"] = Leaf((V, D), ("vocab", "embed"), STD)
     return table
@@ -42,17 +42,30 @@ def param_table(cfg: ModelConfig) -> Params:
 def layer_table(cfg: ModelConfig, *, sparse: bool) -> dict[str, Leaf]:
     """The parameters of one layer, in the order of the network; sparse: it has experts."""
     out = STD / math.sqrt(2 * cfg.num_layers)  # GPT-2: residual branches add up over depth
-    leaves = {"attn_norm": _norm(cfg.width)}
+    before, after = cfg.norms != "after", cfg.norms != "before"
+    leaves = _norm(cfg, "attn_norm") if before else {}
     leaves |= _latent(cfg, cfg.latent, out) if cfg.latent else _attention(cfg, out)
-    leaves["mlp_norm"] = _norm(cfg.width)
+    leaves |= _norm(cfg, "attn_out_norm") if after else {}
+    leaves |= _norm(cfg, "mlp_norm") if before and not cfg.parallel else {}
     if sparse:
         assert cfg.experts is not None
-        return leaves | _experts(cfg.width, cfg.experts, out)
-    return leaves | _mlp(cfg, out)
+        leaves |= _experts(cfg.width, cfg.experts, out)
+    else:
+        leaves |= _mlp(cfg, out)
+    return leaves | (_norm(cfg, "mlp_out_norm") if after else {})
 
 
-def _norm(size: int) -> Leaf:
-    return Leaf((size,), (None,), None)
+def _norm(cfg: ModelConfig, name: str) -> dict[str, Leaf]:
+    """A norm of the residual stream or of what is added to it."""
+    leaves = {name: _scale(cfg.width, cfg.norm_offset)}
+    if cfg.norm_bias:
+        leaves[f"{name}_bias"] = Leaf((cfg.width,), (None,), 0.0)
+    return leaves
+
+
+def _scale(size: int, offset: float = 0.0) -> Leaf:
+    """The weight of a norm, which multiplies by 1 at first."""
+    return Leaf((size,), (None,), 0.0 if offset else None)
 
 
 def _attention(cfg: ModelConfig, out: float) -> dict[str, Leaf]:
@@ -67,13 +80,15 @@ def _attention(cfg: ModelConfig, out: float) -> dict[str, Leaf]:
         leaves["q_bias"] = Leaf((K, G, H), ("heads", "groups", None), 0.0)
         leaves["k_bias"] = Leaf((K, H), ("heads", None), 0.0)
         leaves["v_bias"] = Leaf((K, H), ("heads", None), 0.0)
+    if cfg.sinks:
+        leaves["sink_bias"] = Leaf((K, G), ("heads", "groups"), 0.0)
     if cfg.out_bias:
         leaves["o_bias"] = Leaf((D,), (None,), 0.0)
     if cfg.qk_norm == "whole":
         leaves["q_norm"] = Leaf((K, G, H), ("heads", "groups", None), None)
         leaves["k_norm"] = Leaf((K, H), ("heads", None), None)
     elif cfg.qk_norm:
-        leaves |= {"q_norm": _norm(H), "k_norm": _norm(H)}
+        leaves |= {name: _scale(H, cfg.norm_offset) for name in ("q_norm", "k_norm")}
     return leaves
 
 
@@ -85,12 +100,12 @@ def _latent(cfg: ModelConfig, latent: Latent, out: float) -> dict[str, Leaf]:
     else:
         leaves = {
             "q_down": Leaf((latent.q_rank, D), (None, "embed"), STD),
-            "q_down_norm": _norm(latent.q_rank),
+            "q_down_norm": _scale(latent.q_rank),
             "q_up": Leaf((N, H, latent.q_rank), ("heads", None, "rank"), STD),
         }
     return leaves | {
         "kv_down": Leaf((C + latent.rope_dim, D), (None, "embed"), STD),
-        "kv_down_norm": _norm(C),
+        "kv_down_norm": _scale(C),
         "kv_up": Leaf((N, latent.nope_dim + value, C), ("heads", None, "rank"), STD),
         "o": Leaf((D, N, value), ("embed", "heads", None), out),
     }
@@ -98,14 +113,11 @@ def _latent(cfg: ModelConfig, latent: Latent, out: float) -> dict[str, Leaf]:
 
 def _mlp(cfg: ModelConfig, out: float) -> dict[str, Leaf]:
     D, F = cfg.width, cfg.mlp_width
-    leaves = {
-        "gate": Leaf((F, D), ("mlp", "embed"), STD),
-        "up": Leaf((F, D), ("mlp", "embed"), STD),
-        "down": Leaf((D, F), ("embed", "mlp"), out),
-    }
+    wide = ("gate", "up") if cfg.gated else ("up",)
+    leaves = {name: Leaf((F, D), ("mlp", "embed"), STD) for name in wide}
+    leaves["down"] = Leaf((D, F), ("embed", "mlp"), out)
     if cfg.mlp_bias:
-        leaves["gate_bias"] = Leaf((F,), ("mlp",), 0.0)
-        leaves["up_bias"] = Leaf((F,), ("mlp",), 0.0)
+        leaves |= {f"{name}_bias": Leaf((F,), ("mlp",), 0.0) for name in wide}
         leaves["down_bias"] = Leaf((D,), (None,), 0.0)
     return leaves
 

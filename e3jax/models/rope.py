@@ -1,6 +1,8 @@
 """Rotary position embeddings, always in float32: bfloat16 angles turn position 257 into 256."""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +10,13 @@ import numpy as np
 
 from e3jax.models.config import Rope
 
+CosSin = tuple[jax.Array, jax.Array]
+
 
 def inverse_frequencies(rope: Rope, head_dim: int, length: jax.Array | int = 0) -> jax.Array:
     """Angle a token of each of the H/2 planes, float32 [..., H/2].
 
-    length: [...], the longest position plus one; only `dynamic` looks at it.
+    length: [...], the longest position plus one; only `dynamic` and `longrope` look at it.
     """
     dims = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
     if rope.kind == "dynamic":
@@ -21,6 +25,11 @@ def inverse_frequencies(rope: Rope, head_dim: int, length: jax.Array | int = 0) 
         theta = rope.theta * stretch ** (head_dim / (head_dim - 2))
         return 1.0 / theta**dims
     freqs = 1.0 / rope.theta**dims
+    if rope.kind == "longrope":
+        short, long = (
+            freqs / np.asarray(f, np.float32) for f in (rope.short_factors, rope.long_factors)
+        )
+        return jnp.where(jnp.asarray(length)[..., None] > rope.original_max_position, long, short)
     if rope.kind == "linear":
         freqs = freqs / rope.factor
     elif rope.kind == "llama3":
@@ -57,11 +66,29 @@ def _yarn(freqs: np.ndarray, rope: Rope, head_dim: int) -> np.ndarray:
     return slowed * freqs / rope.factor + (1 - slowed) * freqs
 
 
+def make_angles(
+    positions_bt: jax.Array, kinds: Sequence[Rope | None], dim: int
+) -> Callable[[Any], CosSin]:
+    """A (kind) -> `angles` of a layer whose rope is kinds[kind]; with one kind of them, whatever
+    is asked for. Where the rope is None all angles are 0, and a rotation changes nothing."""
+    found = [_none(positions_bt, dim) if r is None else angles(positions_bt, r, dim) for r in kinds]
+    if len(found) == 1:
+        return lambda _: found[0]
+    cos, sin = (list(x) for x in zip(*found, strict=True))
+    return lambda kind: (jax.lax.select_n(kind, *cos), jax.lax.select_n(kind, *sin))
+
+
+def _none(positions_bt: jax.Array, dim: int) -> CosSin:
+    turn = jnp.zeros_like(positions_bt, jnp.float32)[..., None] * jnp.zeros(dim // 2)
+    return turn + 1, turn
+
+
 def angles(positions_bt: jax.Array, rope: Rope, head_dim: int) -> tuple[jax.Array, jax.Array]:
     """cos and sin, each float32 [B, T, H/2].
 
-    A dynamic rope stretches each row by its own longest position. transformers takes the longest of
-    the batch, so that a row's result there depends on its neighbours; alone, a row is the same.
+    Ropes that look at the length take each row's own longest position. transformers takes the
+    longest of the batch, so that a row's result there depends on its neighbours; alone, a row is
+    the same.
     """
     freqs = inverse_frequencies(rope, head_dim, jnp.max(positions_bt, axis=1, keepdims=True) + 1)
     turn = positions_bt.astype(jnp.float32)[..., None] * freqs
@@ -75,8 +102,12 @@ def rotate(
 
     interleaved: the two numbers of a plane are neighbours in x. They leave half a head apart all
     the same: queries and keys alike, so that their products are what they should be.
+    What is behind the numbers that `cos_sin` is for stays as it is.
     """
     cos, sin = for_heads(cos_sin, x.ndim)
+    if 2 * cos.shape[-1] < x.shape[-1]:
+        x, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
+        return jnp.concatenate([rotate(x, cos_sin, interleaved), rest], axis=-1)
     wide = x.astype(jnp.float32)
     x1, x2 = (wide[..., ::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)

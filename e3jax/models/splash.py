@@ -36,20 +36,24 @@ def blocks(time: int) -> tuple[int, int]:
     return -(-time // (count * LANES)) * LANES, count
 
 
-def make_attention(segments_bt: jax.Array, window: int | None) -> Callable[..., jax.Array]:
-    """A (q [B, T, K, G, H], k and v [B, T, K, H]) -> [B, T, K, G, H], in q's dtype.
+def make_attention(
+    segments_bt: jax.Array, window: int | None, cap: float | None = None
+) -> Callable[..., jax.Array]:
+    """A (q [B, T, K, G, H], k and v [B, T, K, H], sinks [K, G]) -> [B, T, K, G, H], in q's dtype.
 
     softmax(q k / sqrt(H)) v over the keys of the query's own segment, none later, and none more
-    than `window` - 1 tokens back. Each device runs the kernel on its own rows and heads. Padding
-    (segment 0) attends to padding, so that every query sees a key. Where the mesh is not of TPUs
-    the kernel is interpreted, slowly.
+    than `window` - 1 tokens back; the scores within the soft `cap`. Each device runs the kernel on
+    its own rows and heads. Padding (segment 0) attends to padding, so that every query sees a key.
+    Where the mesh is not of TPUs the kernel is interpreted, slowly.
     """
 
-    def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        attend = functools.partial(_local, window=window)
+    def attention(
+        q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None = None
+    ) -> jax.Array:
+        attend = functools.partial(_local, window=window, cap=cap)
         if q.dtype == jnp.float32:
             attend = _exact(attend)
-        return mesh.on_own_heads(attend, q, k, v, segments_bt)
+        return mesh.on_own_heads(attend, q, k, v, segments_bt, sinks)
 
     return attention
 
@@ -80,9 +84,15 @@ def _exact(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 def _local(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, window: int | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    *sinks: jax.Array,
+    window: int | None,
+    cap: float | None,
 ) -> jax.Array:
-    """The kernel on one device's rows and heads."""
+    """The kernel on one device's rows and heads. sinks: float32 [K, G], where there are any."""
     rows, time, kv_heads, groups, width = q.shape
     block, count = blocks(time)
     pad = block * count - time  # behind the row: no query of the row sees it
@@ -92,17 +102,18 @@ def _local(
         return jnp.moveaxis(x.reshape(rows, time + pad, -1, width), 1, 2)
 
     segments = jnp.pad(segments, ((0, 0), (0, pad)))
-    kernel = _kernel(block, count, kv_heads * groups, window)
-    y = jax.vmap(kernel)(
+    kernel = _kernel(block, count, kv_heads * groups, window, cap)
+    y = jax.vmap(kernel, (0, 0, 0, 0, *(None for _ in sinks)))(
         head_major(q * width**-0.5),
         head_major(k),
         head_major(v),
         kernels.SegmentIds(segments, segments),
+        *(each.astype(jnp.float32).reshape(-1) for each in sinks),
     )
     return jnp.moveaxis(y, 2, 1)[:, :time].reshape(q.shape)
 
 
-def _kernel(block: int, count: int, num_heads: int, window: int | None):
+def _kernel(block: int, count: int, num_heads: int, window: int | None, cap: float | None):
     """The kernel for rows of `count` blocks; query head n reads key-value head n // G."""
     shape = (block * count,) * 2
     if window is None:
@@ -119,6 +130,7 @@ def _kernel(block: int, count: int, num_heads: int, window: int | None):
             block_q_dq=block,
             block_kv_dq=block,
         ),
+        attn_logits_soft_cap=cap,
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=recompute.KEPT,

@@ -44,7 +44,7 @@ def hidden_states(
     tap_b = shared_wm.reshape(-1, out_sharding=mesh.out(("batch",))) - 1
     rows = mesh.out(("batch", None))
     gates_lb = gates_wml.reshape(-1, cfg.num_layers, out_sharding=rows).T
-    first = decoder.embed(params, windows.tokens, dtype)
+    first = decoder.first_stream(params, windows.tokens, cfg, dtype)
     weights = decoder.weights_of(params, cfg.runs[0], 0)
     one = decoder.applier(windows, cfg, dtype)(weights, first, 0)
     masks = gates_wml.shape[1]

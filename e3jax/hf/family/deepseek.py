@@ -94,7 +94,8 @@ def read_v2(facts: Facts) -> dict[str, Any]:
     return found | read_latent(facts) | {"experts": experts, "mlp_bias": bias} | _rope(facts, True)
 
 
-def read_v3(facts: Facts) -> dict[str, Any]:
+def read_grouped(facts: Facts) -> dict[str, Any]:
+    """The experts of V3: sigmoids, a bias that chooses, groups by their best two."""
     found = read_experts(facts)
     experts = dataclasses.replace(
         found["experts"],
@@ -105,8 +106,12 @@ def read_v3(facts: Facts) -> dict[str, Any]:
         groups_taken=facts.size("topk_group", 1),
         group_score="two",
     )
+    return found | {"experts": experts}
+
+
+def read_v3(facts: Facts) -> dict[str, Any]:
     turned = _rope(facts, facts.flag("rope_interleave"))
-    return found | read_latent(facts) | {"experts": experts} | turned
+    return read_grouped(facts) | read_latent(facts) | turned
 
 
 def _rope(facts: Facts, interleaved: bool) -> dict[str, Any]:
@@ -115,8 +120,8 @@ def _rope(facts: Facts, interleaved: bool) -> dict[str, Any]:
 
 
 def write_v3(cfg: ModelConfig) -> dict[str, Any]:
-    latent, experts = cfg.latent, cfg.experts
-    assert latent is not None and experts is not None
+    latent = cfg.latent
+    assert latent is not None
     rope = write_rope(cfg.rope)
     if cfg.attention_scale is not None:  # what a stretch of the scores makes of cos and sin too
         magnitude = math.sqrt(cfg.attention_scale * cfg.head_dim**0.5)
@@ -131,6 +136,13 @@ def write_v3(cfg: ModelConfig) -> dict[str, Any]:
         "qk_nope_head_dim": latent.nope_dim,
         "qk_rope_head_dim": latent.rope_dim,
         "v_head_dim": latent.value_dim,
+    } | write_experts(cfg)
+
+
+def write_experts(cfg: ModelConfig) -> dict[str, Any]:
+    experts = cfg.experts
+    assert experts is not None
+    return {
         "n_routed_experts": experts.count,
         "num_experts_per_tok": experts.per_token,
         "moe_intermediate_size": experts.width,

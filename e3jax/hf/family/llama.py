@@ -1,8 +1,10 @@
-"""LLaMA (arXiv 2302.13971, 2307.09288, 2407.21783) and Mistral (arXiv 2310.06825)."""
+"""LLaMA (arXiv 2302.13971, 2307.09288, 2407.21783), Mistral (arXiv 2310.06825) and Ministral,
+Seed-OSS, and Granite 3 (https://huggingface.co/ibm-granite)."""
 
+import functools
 from typing import Any
 
-from e3jax.hf.facts import Facts, Family, one_window
+from e3jax.hf.facts import Facts, Family, one_of, one_window, types_told, windows_by_type
 from e3jax.models.config import ModelConfig
 
 COMMON = {
@@ -26,7 +28,36 @@ def write(cfg: ModelConfig) -> dict[str, Any]:
 
 def refuse_ministral(facts: Facts) -> None:
     if facts.get("layer_types") is not None:
-        raise facts.error("mistral with layer_types is the ministral architecture, not supported")
+        raise facts.error(
+            "mistral with layer_types is the ministral architecture; write model_type ministral "
+            'and architectures ["MinistralForCausalLM"]'
+        )
+
+
+def read_seed(facts: Facts) -> dict[str, Any]:
+    return read(facts) | {"out_bias": facts.flag("attention_out_bias")}
+
+
+def write_seed(cfg: ModelConfig) -> dict[str, Any]:
+    return write(cfg) | {"attention_bias": cfg.qkv_bias, "attention_out_bias": cfg.out_bias}
+
+
+def read_granite(facts: Facts) -> dict[str, Any]:
+    return read(facts) | {
+        "embed_scale": facts.number("embedding_multiplier"),
+        "attention_scale": facts.number("attention_multiplier"),
+        "residual_scale": facts.number("residual_multiplier"),
+        "logits_scale": 1.0 / facts.number("logits_scaling"),
+    }
+
+
+def write_granite(cfg: ModelConfig) -> dict[str, Any]:
+    return write(cfg) | {
+        "embedding_multiplier": cfg.embed_scale,
+        "attention_multiplier": cfg.attention_scale,
+        "residual_multiplier": cfg.residual_scale,
+        "logits_scaling": round(1.0 / cfg.logits_scale, 9),
+    }
 
 
 LLAMA = Family(
@@ -58,4 +89,44 @@ MISTRAL = Family(
     windows=one_window,
     refuse=refuse_ministral,
 )
-FAMILIES = (LLAMA, MISTRAL)
+MINISTRAL = Family(
+    "ministral",
+    "MinistralForCausalLM",
+    MISTRAL.defaults,
+    write=lambda cfg: {"sliding_window": one_of(cfg.windows)},
+    windows=functools.partial(windows_by_type, every=None),
+    told=types_told,
+)
+SEED_OSS = Family(
+    "seed_oss",
+    "SeedOssForCausalLM",
+    {
+        **COMMON,
+        "vocab_size": 155136,
+        "intermediate_size": 27648,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 80,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 524288,
+        "attention_bias": True,
+        "attention_out_bias": False,
+        "mlp_bias": False,
+    },
+    read_seed,
+    write_seed,
+)
+GRANITE = Family(
+    "granite",
+    "GraniteForCausalLM",
+    {
+        **LLAMA.defaults,
+        "embedding_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": 1.0,
+    },
+    read_granite,
+    write_granite,
+)
+FAMILIES = (LLAMA, MISTRAL, MINISTRAL, SEED_OSS, GRANITE)
