@@ -22,7 +22,7 @@ def make_loads(
     @jax.jit
     def count(params: Params, batch: Batch) -> list[jax.Array]:
         apply = decoder.applier(batch, cfg, dtype)
-        h, found = decoder.embed(params, batch.tokens, dtype, cfg), []
+        h, found = decoder.first_stream(params, batch.tokens, cfg, dtype), []
         for run in cfg.runs:
             sparse = cfg.is_sparse(run.first)
 
@@ -55,7 +55,9 @@ def _sent(w: Params, x_btd: jax.Array, batch: Batch, cfg: ModelConfig) -> jax.Ar
     if mesh.current() is not None:
         x_btd = jax.sharding.reshard(x_btd, mesh.spec((None, None, None)))
         real = jax.sharding.reshard(batch.segments > 0, mesh.spec((None, None)))
-        router = {k: mesh.gather(v, (None, "embed")[: v.ndim]) for k, v in w.items() if "router" in k}
+        router = {
+            k: mesh.gather(v, (None, "embed")[: v.ndim]) for k, v in w.items() if "router" in k
+        }
     else:
         real, router = batch.segments > 0, w
     routes = moe.route(router, x_btd.reshape(-1, x_btd.shape[-1]), cfg.experts)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from e3jax import files, job, processes
+from e3jax.evaluate import load
 from e3jax.evaluate.behaviour import Decile, deciles, flips, make_tokens, samples
 from e3jax.evaluate.exact import Answer, solve
 from e3jax.evaluate.figures import make_figures
@@ -111,6 +112,9 @@ def _measure(
     tokens_of = make_tokens(job_.cfg, cfg, dtype=job_.dtype, chunk=job_.run.distill.chunk)
     each = tokens_of(job_.params, student, _measured(job_))
     found = each.figures()
+    loads: dict[int, list[int]] = {}
+    if cfg.experts is not None and len(cfg.dense) < cfg.num_layers:
+        loads = load.make_loads(cfg, dtype=job_.dtype)(student, _measured(job_))
     answers: list[Answer] = []
     if job_.run.data.test:
         answers = solve(
@@ -138,6 +142,8 @@ def _measure(
         files.write_text(path.with_suffix(".answers.jsonl"), "\n".join(lines) + "\n")
         files.write_json(path.with_suffix(".windows.json"), each.windows())
         files.write_json(path.with_suffix(".deciles.json"), deciles(each))
+        if loads:
+            files.write_json(path.with_suffix(".experts.json"), loads)
     log.info("evaluate: %-20s %s  (%.0f s)", model, summary(row), time.monotonic() - begun)
     return dataclasses.asdict(row)
 
@@ -203,6 +209,9 @@ def write_behaviour(folder: pathlib.Path, rows: Sequence[Row]) -> None:
     the first. folder: `evaluate`."""
     text = "KL by tenths of the tokens, those the dense model is surest of first\n"
     text += align([_by_decile(folder, row) for row in rows])
+    if loads := [found for row in rows if (found := _loads(folder, row))]:
+        text += "\n\nexperts: the busiest of a layer, in even shares, and those sent nothing\n"
+        text += align(loads)
     if rows[0].problems:
         answers = {row.model: _answers(folder, row) for row in rows}
         dense, *others = rows
@@ -221,6 +230,12 @@ def read_deciles(folder: pathlib.Path, row: Row) -> list[Decile]:
 def _answers(folder: pathlib.Path, row: Row) -> list[dict[str, Any]]:
     text = _path(folder, row.model).with_suffix(".answers.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def _loads(folder: pathlib.Path, row: Row) -> dict[str, str]:
+    """How a row's model spreads tokens over experts; empty where it has none."""
+    path = _path(folder, row.model).with_suffix(".experts.json")
+    return {"model": row.model} | load.summary(files.read_json(path)) if path.exists() else {}
 
 
 def _by_decile(folder: pathlib.Path, row: Row) -> dict[str, str]:

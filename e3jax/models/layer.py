@@ -33,11 +33,13 @@ def layer(
     cfg: ModelConfig,
     *,
     absorbed: bool = False,
+    watch: Callable[[jax.Array], object] | None = None,
 ) -> jax.Array:
     """One decoder layer, residual stream in and out; `w` has no layer axis.
 
     attend: knows who sees whom, and in decoding the keys that came before. absorbed: what latent
-    attention gives it are latent vectors (latent.py).
+    attention gives it are latent vectors (latent.py). watch: is given what the feed-forward network
+    reads.
     """
     x = norm(w, "attn_norm", h_btd, cfg)
     if cfg.latent is not None:
@@ -48,6 +50,8 @@ def layer(
     if not cfg.parallel:
         h_btd = recompute.keep(h_btd)
         x = norm(w, "mlp_norm", h_btd, cfg)
+    if watch is not None:
+        watch(x)
     y = feed_forward(w, x, cfg)
     return recompute.keep(h_btd + _added(w, "mlp_out_norm", y, cfg))
 

@@ -24,7 +24,6 @@ from e3jax.errors import UserError
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Batch, Params
-from e3jax.models.norm import rms_norm
 from e3jax.selectors.selection import Calibration, Selection, Task, check_fixed
 
 Merge = tuple[int, tuple[int, ...]]  # a layer, and those whose differences to it are added
@@ -225,8 +224,8 @@ def _final(
     def step(i: jax.Array, h: jax.Array) -> jax.Array:
         return apply(ids[i], h)
 
-    h = jax.lax.fori_loop(0, count, step, decoder.embed(params, batch.tokens, dtype))
-    return rms_norm(h, params["final_norm"], cfg.norm_eps)
+    h = jax.lax.fori_loop(0, count, step, decoder.first_stream(params, batch.tokens, cfg, dtype))
+    return decoder.last_norm(params, h, cfg)
 
 
 @jax.jit

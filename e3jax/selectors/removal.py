@@ -19,7 +19,6 @@ from e3jax.errors import UserError
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Batch, Params
-from e3jax.models.norm import rms_norm
 from e3jax.progress import over
 from e3jax.selectors.selection import Calibration, Selection, Task, lowest, without
 
@@ -130,11 +129,11 @@ def _removals(
         place = place_l[number]
         below = jax.lax.fori_loop(start, place, run, below)
         h = jax.lax.fori_loop(place + 1, alive_count, run, below)
-        h = rms_norm(h, params["final_norm"], cfg.norm_eps)
+        h = decoder.last_norm(params, h, cfg)
         found = against_dense(params, h, dense, cfg, chunk)
         return below, place, sums.at[alive_l[place]].set(found)
 
-    h = decoder.embed(params, dense.batch.tokens, dtype)
+    h = decoder.first_stream(params, dense.batch.tokens, cfg, dtype)
     state = (h, jnp.int32(0), jnp.full((cfg.num_layers, 2), jnp.nan, jnp.float32))
     return jax.lax.fori_loop(0, place_count, score, state)[2]
 

@@ -20,7 +20,6 @@ from e3jax.errors import UserError
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Batch, Params
-from e3jax.models.norm import rms_norm
 from e3jax.progress import over
 from e3jax.selectors import selection
 from e3jax.selectors.selection import Calibration, Selection, Task
@@ -127,7 +126,7 @@ def _layer_cosines(
 
     def observe(h: jax.Array, y: jax.Array) -> jax.Array:
         """Of the layer, and were it the last one with its output after the final norm."""
-        outputs = (y, rms_norm(y, params["final_norm"], cfg.norm_eps))
+        outputs = (y, decoder.last_norm(params, y, cfg))
         return jnp.stack([_sum(cosine(h, x), real) for x in outputs])
 
     _, cosine_l2 = decoder.hidden(params, batch, cfg, dtype=dtype, remat="none", observe=observe)
@@ -161,7 +160,7 @@ def _across_blocks(
     )
     if final_norm:
         out_lbtd = out_lbtd.at[-1].set(last)
-    first = compare(decoder.embed(params, batch.tokens, dtype), out_lbtd[n - 1])
+    first = compare(decoder.first_stream(params, batch.tokens, cfg, dtype), out_lbtd[n - 1])
     others = jax.lax.map(
         lambda layer: _sum(compare(out_lbtd[layer], out_lbtd[layer + n]), here),
         jnp.arange(cfg.num_layers - n),
