@@ -45,7 +45,7 @@ class Row:
             "layers": str(self.layers),
             "parameters": f"{self.parameters / 1e6:,.1f} M",
             "exact match": exact,
-            "KL": f"{self.kl:.4f}",
+            "KL": f"{self.kl:z.4f}",
             "top-1": f"{100 * self.agreement:.1f} %",
             "perplexity": f"{self.perplexity:.3f}",
             "tokens": f"{self.tokens / 1e6:,.2f} M",
@@ -240,7 +240,7 @@ def _loads(folder: pathlib.Path, row: Row) -> dict[str, str]:
 
 def _by_decile(folder: pathlib.Path, row: Row) -> dict[str, str]:
     found = read_deciles(folder, row)
-    return {"model": row.model} | {str(n): f"{x.kl:.4f}" for n, x in enumerate(found, 1)}
+    return {"model": row.model} | {str(n): f"{x.kl:z.4f}" for n, x in enumerate(found, 1)}
 
 
 def _flipped(row: Row, dense: Sequence[Any], theirs: Sequence[Any]) -> dict[str, str]:
