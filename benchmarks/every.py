@@ -82,7 +82,7 @@ def score_all(dense: job.Job, batch: decoder.Batch, remove: int, chunk: int) -> 
         return nodes + nodes[-1:] * (chunk - len(nodes))  # the rest of a chunk is not looked at
 
     h_dense = decoder.hidden(params, batch, cfg, dtype=jnp.bfloat16, remat="none")
-    start = decoder.embed(params, batch.tokens, jnp.bfloat16)
+    start = decoder.first_stream(params, batch.tokens, cfg, jnp.bfloat16)
     waiting = [[] for _ in range(cfg.num_layers + 1)]  # by depth: (layers removed, stream)
     waiting[0].append(((), start))
     found, scored = {}, []

@@ -29,16 +29,16 @@ def packed_segments(rows, time):
     return segments.astype(np.int32)
 
 
-CASES = [  # T, K, G, H, window, greatest block
-    (128, 2, 2, 64, None, 512),
-    (300, 1, 4, 80, 100, 512),  # one block of 384, the row padded
-    (500, 1, 2, 96, 200, 128),  # four; the window reaches over them
-    (520, 1, 1, 256, 1, 512),  # two of 384
+CASES = [  # T, K, G, H, window, greatest block, soft cap
+    (128, 2, 2, 64, None, 512, None),
+    (300, 1, 4, 80, 100, 512, None),  # one block of 384, the row padded
+    (500, 1, 2, 96, 200, 128, 1.5),  # four; the window reaches over them
+    (520, 1, 1, 256, 1, 512, None),  # two of 384
 ]
 
 
-@pytest.mark.parametrize(("time", "kv_heads", "groups", "width", "window", "block"), CASES)
-def test_kernel_is_dense_attention(time, kv_heads, groups, width, window, block, monkeypatch):
+@pytest.mark.parametrize(("time", "kv_heads", "groups", "width", "window", "block", "cap"), CASES)
+def test_kernel_is_dense_attention(time, kv_heads, groups, width, window, block, cap, monkeypatch):
     """Outputs and gradients in float32, at padding too."""
     monkeypatch.setattr(splash, "BLOCK", block)
     rows, rng = 2, np.random.default_rng(0)
@@ -49,7 +49,7 @@ def test_kernel_is_dense_attention(time, kv_heads, groups, width, window, block,
 
     @functools.partial(jax.jit, static_argnums=0)
     def outcome(make):
-        attend = make(segments, (window,))
+        attend = make(segments, (window,), cap)
         y, pull = jax.vjp(lambda *qkv: attend(jnp.int32(0), *qkv), q, k, v)
         return y, *pull(g)
 
