@@ -30,7 +30,7 @@ MODELS = {
         dense=(0,), rope=Rope(interleaved=True),
     ),
     # Norms around attention and mlp, soft caps, two ropes, neighbours turned in half of a head.
-    "capped": dataclasses.replace(
+    "odd-norms": dataclasses.replace(
         CFG, family="gemma3_text", norms="around", norm_offset=1.0, attention_cap=2.0,
         logits_cap=3.0, logits_scale=0.5, embed_scale=1.5, residual_scale=0.7, turned=4, tied=False,
         windows=(5, None, 5, None), rope=Rope(interleaved=True),

@@ -23,6 +23,7 @@ from e3jax.models import decoder
 from e3jax.models.generate import generate, make_greedy
 from hf_tiny import (
     SHARED,
+    SIZES,
     assert_same_logits,
     edit_json,
     model_logits,
@@ -300,13 +301,32 @@ def test_export_is_loaded_by_transformers(tmp_path, family, changes):
     assert "auto_map" not in config and config["num_hidden_layers"] == len(keep)
 
 
+@pytest.mark.parametrize(("family", "changes"), CASES.values(), ids=CASES)
+def test_config_written_is_read_by_transformers(family, changes):
+    """What we write of a model of any layers means the same to transformers, which adds to it."""
+    given = {"num_experts_per_tok": 2} if family == "deepseek_v2" else {}
+    hf = transformers.AutoConfig.for_model(family, **{**SIZES, **given, **changes})
+    whole = from_hf(hf.to_dict(), "x")
+    for keep in (range(whole.num_layers), cut_of(whole), [whole.num_layers - 1]):
+        cfg = whole.take_layers(keep)
+        written = to_hf(cfg)
+        assert from_hf(written, "x") == cfg
+        read = transformers.AutoConfig.for_model(**written)
+        assert from_hf(read.to_dict(), "x") == cfg
+
+
 def batch_of(tokens):
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     fields = [jnp.asarray(x, jnp.int32) for x in (tokens, positions, np.ones_like(tokens), tokens)]
     return decoder.Batch(*fields, jnp.ones(tokens.shape, bool))
 
 
-KINDS = ["qwen3_moe-dense-inside", "deepseek_v3", "olmoe", "gpt_oss"]
+CUTS = ([0, 3], [1, 2, 3], [1], [3])
+# A model of one layer has no loop: where layers have two ropes XLA rounds its float32 otherwise.
+KINDS = {
+    **dict.fromkeys(("qwen3_moe-dense-inside", "deepseek_v3", "olmoe", "gpt_oss"), CUTS),
+    **dict.fromkeys(("gemma3_text-stretched", "cohere2"), CUTS[:2]),
+}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -318,7 +338,7 @@ def test_masked_model_is_the_sliced_model_bit_for_bit(tmp_path, name, dtype):
     cfg = read_config(folder)
     params, batch = load_params(folder, cfg), batch_of(random_tokens(96, 12))
     run = jax.jit(decoder.hidden, static_argnames=("cfg", "dtype", "remat"))
-    for keep in ([0, 3], [1, 2, 3], [1], [3]):
+    for keep in KINDS[name]:
         gates = jnp.zeros((2, 4)).at[:, jnp.array(keep)].set(1.0)
         masked = run(params, batch, cfg, dtype=dtype, gates_bl=gates, remat="layer")
         by_number = run(params, batch, cfg, dtype=dtype, layer_ids=jnp.array(keep), remat="none")
@@ -351,7 +371,7 @@ def test_gradient_of_the_gates(tmp_path, monkeypatch, name):
 
         @jax.jit
         def multiplied(m):
-            h = decoder.embed(wide, tokens, jnp.float64)
+            h = decoder.first_stream(wide, tokens, cfg, jnp.float64)
             for run in cfg.runs:
                 for i in range(run.first, run.first + run.count):
                     y = apply(decoder.weights_of(wide, run, i), h, i)
@@ -365,7 +385,7 @@ def test_gradient_of_the_gates(tmp_path, monkeypatch, name):
             ]
             want[place] = (ends[0] - ends[1]) / 2e-6
         np.testing.assert_allclose(value, multiplied(jnp.asarray(gates, jnp.float64)), rtol=1e-3)
-    assert np.abs(want).min() > 1e-2
+    assert np.mean(np.abs(want) > 1e-2) > 0.8, want
     np.testing.assert_allclose(found, want, rtol=2e-3, atol=1e-3 * np.abs(want).max())
 
 
@@ -390,6 +410,44 @@ def test_absent_keys_mean_transformers_defaults(family):
     assert decoder.count_params(from_hf({"model_type": family, **given}, "x")) == theirs
 
 
+OLD = {  # in the form of transformers 4
+    "gemma3_text": {
+        "rope_theta": 1e5,
+        "rope_local_base_freq": 1e3,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "sliding_window_pattern": 2,
+    },
+    "cohere2": {"rope_theta": 5e4, "sliding_window_pattern": 2},
+    "exaone4": {"rope_theta": 1e6, "sliding_window_pattern": 3, "sliding_window": 8},
+    "smollm3": {
+        "no_rope_layer_interval": 2,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "rope_theta": 5e6,
+    },
+    "phi3": {
+        "partial_rotary_factor": 0.5,
+        "original_max_position_embeddings": 32,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.5],
+            "long_factor": [1.0, 4.0],
+        },
+    },
+    "glm4": {"rope_theta": 1e5, "partial_rotary_factor": 0.5, "head_dim": 8},
+    "stablelm": {"rope_theta": 1e5, "partial_rotary_factor": 0.5},
+    "nemotron": {"rope_theta": 1e5, "partial_rotary_factor": 0.25},
+    "granite": {"rope_theta": 1e7},
+}
+
+
+@pytest.mark.parametrize("family", OLD)
+def test_old_form_means_what_transformers_reads(family):
+    given = {"model_type": family, **SIZES, **OLD[family]}
+    cfg, hf = from_hf(given, "x"), transformers.AutoConfig.for_model(**given)
+    assert cfg == from_hf(hf.to_dict(), "x")
+
+
 REAL = ("google--gemma-2-2b", "google--gemma-3-1b-it", "microsoft--phi-4")
 
 
@@ -404,7 +462,7 @@ def test_real_configs(name):
         model = transformers.AutoModelForCausalLM.from_config(hf)
     theirs = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     assert {t.name: t.shape for t in tensor_table(cfg)} == theirs
-    assert from_hf(to_hf(cfg), "x") == cfg
+    assert from_hf(to_hf(cfg), "x") == cfg == from_hf(hf.to_dict(), "x")
     keep = [i for i in range(cfg.num_layers) if i % 3]
     cut = cut_config(json.loads((folder / "config.json").read_text()), keep)
     assert from_hf(cut, "x") == cfg.take_layers(keep)

@@ -179,6 +179,26 @@ def test_rope_kinds_at_real_sizes(rope, form):
     assert_rope_agrees(cfg, transformers.LlamaConfig.from_dict(to_hf(cfg)), 50000)
 
 
+def test_longrope_at_real_sizes():
+    """Of 96 of 128 numbers, as Phi-4-mini has them."""
+    factors = {"short_factor": [1.0] * 48, "long_factor": [1.0 + i for i in range(48)]}
+    given = {
+        "model_type": "phi3",
+        "max_position_embeddings": 131072,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": {"type": "longrope", **factors},
+        **{"hidden_size": 3072, "num_attention_heads": 24, "num_key_value_heads": 8},
+    }
+    cfg, hf = from_hf(given, "x"), transformers.Phi3Config.from_dict(json.loads(json.dumps(given)))
+    assert cfg.rope_dim == 96 and cfg.rope.attention_factor > 1.1
+    for length in (4096, 4097):
+        freqs, magnitude = ROPE_INIT_FUNCTIONS["longrope"](hf, "cpu", seq_len=length)
+        ours = inverse_frequencies(cfg.rope, cfg.rope_dim, length)
+        np.testing.assert_allclose(np.asarray(ours), np.asarray(freqs), rtol=2e-6)
+        assert cfg.rope.attention_factor == pytest.approx(magnitude)
+    assert from_hf({**given, "rope_scaling": {"type": "su", **factors}}, "x") == cfg
+
+
 def test_old_and_new_form_are_one():
     scaling = {"rope_type": "linear", "factor": 2.0}
     old = {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": scaling}

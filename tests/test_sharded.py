@@ -102,7 +102,7 @@ search_is_the_same = same_as_one_device(search_step, check_search)
 @cases("""
 1x8x1 odd mixed
 1x2x4 odd mixed
-1x2x4 capped mixed
+1x2x4 odd-norms mixed
 1x4x2 parallel mixed
 1x2x4 even mixed
 2x2x2 odd score
@@ -200,7 +200,7 @@ train_is_the_same = same_as_one_device(train_step, check_train)
 @cases("""
 1x8x1 odd online
 1x2x4 odd online
-1x2x4 capped online
+1x2x4 odd-norms online
 1x4x2 parallel online
 1x2x4 even online
 1x8x1 even stored
@@ -244,7 +244,7 @@ answers_are_the_same = same_as_one_device(answers, check_answers)
 1x4x2 odd
 2x2x2 odd
 1x2x4 even
-1x2x4 capped
+1x2x4 odd-norms
 1x4x2 parallel
 """)
 def test_greedy_answers(sizes, name):

@@ -29,18 +29,18 @@ def packed_segments(rows, time):
     return segments.astype(np.int32)
 
 
-CASES = [  # T, K, G, H, window, greatest block, whether there are sinks
-    (128, 2, 2, 64, None, 512, True),
-    (300, 1, 4, 80, 100, 512, False),  # one block of 384, the row padded
-    (500, 1, 2, 96, 200, 128, True),  # four; the window reaches over them
-    (520, 1, 1, 256, 1, 512, False),  # two of 384
+CASES = [  # T, K, G, H, window, greatest block, soft cap, whether there are sinks
+    (128, 2, 2, 64, None, 512, None, True),
+    (300, 1, 4, 80, 100, 512, None, False),  # one block of 384, the row padded
+    (500, 1, 2, 96, 200, 128, 1.5, True),  # four; the window reaches over them
+    (520, 1, 1, 256, 1, 512, None, False),  # two of 384
 ]
-NAMES = "time", "kv_heads", "groups", "width", "window", "block", "sinks"
+NAMES = "time", "kv_heads", "groups", "width", "window", "block", "cap", "sinks"
 
 
 @pytest.mark.parametrize(NAMES, CASES)
 def test_kernel_is_dense_attention(
-    time, kv_heads, groups, width, window, block, sinks, monkeypatch
+    time, kv_heads, groups, width, window, block, cap, sinks, monkeypatch
 ):
     """Outputs and gradients in float32, at padding too."""
     monkeypatch.setattr(splash, "BLOCK", block)
@@ -53,7 +53,7 @@ def test_kernel_is_dense_attention(
 
     @functools.partial(jax.jit, static_argnums=0)
     def outcome(make):
-        attend = make(segments, (window,))
+        attend = make(segments, (window,), cap)
         y, pull = jax.vjp(lambda *arrays: attend(jnp.int32(0), *arrays), q, k, v, *more)
         return y, *pull(g)
 

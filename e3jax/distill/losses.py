@@ -46,7 +46,7 @@ def token_sums(
     """The objective added up over all tokens, a float32 scalar and the one result that has a
     gradient; and the sums of each row.
 
-    h: student's final hidden states [B, T, D]; head: [V, D] as it is stored, whole or sharded;
+    h: student's final hidden states [B, T, D]; head: as it is stored, whole or sharded;
     targets int32, mask bool [B, T]. An online teacher may have fewer rows, each for as many of the
     student's that follow one another. The gradient is that of h, and of the head unless
     frozen_head; it adds up over chunks in float32.

@@ -21,7 +21,10 @@ def scaled(q: jax.Array, cfg: ModelConfig) -> jax.Array:
     model that multiplies by something else."""
     scale = cfg.head_dim**-0.5 if cfg.attention_scale is None else cfg.attention_scale
     factor = scale * q.shape[-1] ** 0.5
-    return q if math.isclose(factor, 1.0, rel_tol=1e-9) else q * jnp.asarray(factor, q.dtype)
+    if math.isclose(factor, 1.0, rel_tol=1e-9):
+        return q
+    # In float32: a factor rounded to bfloat16 would move all scores one way.
+    return (q.astype(jnp.float32) * factor).astype(q.dtype)
 
 
 def make_attention(

@@ -59,7 +59,10 @@ def layer(
 def _added(w: Params, norm_name: str, y_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
     """What goes to the residual stream of what attention or mlp give."""
     y = norm(w, norm_name, y_btd, cfg)
-    return y if cfg.residual_scale == 1.0 else y * jnp.asarray(cfg.residual_scale, y.dtype)
+    if cfg.residual_scale == 1.0:
+        return y
+    # In float32: rounded to bfloat16, 0.22 would be 0.1 per cent less for every number.
+    return (y.astype(jnp.float32) * cfg.residual_scale).astype(y.dtype)
 
 
 def attention(

@@ -74,8 +74,13 @@ def make_angles(
     found = [_none(positions_bt, dim) if r is None else angles(positions_bt, r, dim) for r in kinds]
     if len(found) == 1:
         return lambda _: found[0]
-    cos, sin = (list(x) for x in zip(*found, strict=True))
-    return lambda kind: (jax.lax.select_n(kind, *cos), jax.lax.select_n(kind, *sin))
+    cos, sin = zip(*found, strict=True)
+
+    def of_kind(kind: Any) -> CosSin:
+        which = jnp.int32(kind)
+        return jax.lax.select_n(which, *cos), jax.lax.select_n(which, *sin)
+
+    return of_kind
 
 
 def _none(positions_bt: jax.Array, dim: int) -> CosSin:
@@ -88,7 +93,7 @@ def angles(positions_bt: jax.Array, rope: Rope, head_dim: int) -> tuple[jax.Arra
 
     Ropes that look at the length take each row's own longest position. transformers takes the
     longest of the batch, so that a row's result there depends on its neighbours; alone, a row is
-    the same.
+    the same. While a row is decoded, keys of tokens before stay turned as they were.
     """
     freqs = inverse_frequencies(rope, head_dim, jnp.max(positions_bt, axis=1, keepdims=True) + 1)
     turn = positions_bt.astype(jnp.float32)[..., None] * freqs

@@ -33,7 +33,11 @@ SIZE = 4  # layers that become one
 INTERVAL = 2
 # Tried from the first for a given number of layers. Every merge is accepted at the last.
 THRESHOLDS = (*(round(0.95 - 0.05 * i, 2) for i in range(20)), -1.0)
-NORMS = ("attn_norm", "mlp_norm")
+
+
+def is_norm(name: str) -> bool:
+    """Whether a parameter belongs to a norm beside attention and mlp, which stays layer l's."""
+    return name.removesuffix("_bias") in ("attn_norm", "attn_out_norm", "mlp_norm", "mlp_out_norm")
 
 
 def laco(calibration: Calibration, task: Task) -> Selection:
@@ -109,7 +113,7 @@ def _collapse(layers: Params, into: int, merged: tuple[int, ...]) -> Params:
         total -= (len(merged) - 1) * stack[into].astype(jnp.float32)
         return jax.lax.dynamic_update_index_in_dim(stack, total.astype(stack.dtype), into, 0)
 
-    return {name: w if name in NORMS else changed(w) for name, w in layers.items()}
+    return {name: w if is_norm(name) else changed(w) for name, w in layers.items()}
 
 
 def _of_task(calibration: Calibration, task: Task, name: str, released: bool) -> Selection:
