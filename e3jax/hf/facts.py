@@ -165,6 +165,7 @@ class Family:
 
     name: str  # model_type
     architecture: str
+    models: str  # some that people know, for docs/families.md
     defaults: Mapping[str, Any]  # of transformers' config class
     read: Callable[[Facts], dict[str, Any]] = nothing  # fields of ModelConfig
     write: Callable[[ModelConfig], dict[str, Any]] = nothing  # their keys

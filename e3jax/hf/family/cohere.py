@@ -39,6 +39,7 @@ FAMILIES = (
     Family(
         "cohere2",
         "Cohere2ForCausalLM",
+        "Command R7B, Command A",
         {
             "vocab_size": 256000,
             "hidden_size": 8192,

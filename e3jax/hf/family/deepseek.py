@@ -190,6 +190,7 @@ def refuse_v3(facts: Facts) -> None:
 V3 = Family(
     "deepseek_v3",
     "DeepseekV3ForCausalLM",
+    "DeepSeek-V3, V3.1, R1",
     {
         **COMMON_V2,
         "vocab_size": 129280,
@@ -216,13 +217,14 @@ V3 = Family(
     refuse=refuse_v3,
     drafts="num_nextn_predict_layers",
 )
-KIMI_K2 = dataclasses.replace(V3, name="kimi_k2", exported_as="deepseek_v3")
+KIMI_K2 = dataclasses.replace(V3, name="kimi_k2", models="Kimi K2", exported_as="deepseek_v3")
 FAMILIES = (
     V3,
     KIMI_K2,
     Family(
         "deepseek_v2",
         "DeepseekV2ForCausalLM",
+        "DeepSeek-V2, V2-Lite, Coder-V2",
         {
             **COMMON_V2,
             "vocab_size": 102400,

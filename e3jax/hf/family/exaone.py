@@ -38,6 +38,7 @@ FAMILIES = (
     Family(
         "exaone4",
         "Exaone4ForCausalLM",
+        "EXAONE 4",
         {
             **COMMON,
             "vocab_size": 102400,

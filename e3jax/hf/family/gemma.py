@@ -112,6 +112,7 @@ FAMILIES = (
     Family(
         "gemma2",
         "Gemma2ForCausalLM",
+        "Gemma 2",
         COMMON,
         lambda facts: read(facts) | {"attention_cap": _cap(facts, "attn_logit_softcapping")},
         write,
@@ -124,6 +125,7 @@ FAMILIES = (
     Family(
         "gemma3_text",
         "Gemma3ForCausalLM",
+        "Gemma 3 (text)",
         {
             **COMMON,
             "vocab_size": 262208,

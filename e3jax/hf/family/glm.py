@@ -36,6 +36,7 @@ FAMILIES = (
     Family(
         "glm4_moe",
         "Glm4MoeForCausalLM",
+        "GLM-4.5, 4.6",
         {
             **COMMON,
             "vocab_size": 151552,
@@ -66,6 +67,7 @@ FAMILIES = (
     Family(
         "glm4",
         "Glm4ForCausalLM",
+        "GLM-4-0414",
         {
             **COMMON,
             "vocab_size": 151552,

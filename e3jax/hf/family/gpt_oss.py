@@ -48,6 +48,7 @@ FAMILIES = (
     Family(
         "gpt_oss",
         "GptOssForCausalLM",
+        "gpt-oss 20b and 120b",
         {
             **COMMON,
             "vocab_size": 201088,

@@ -51,6 +51,7 @@ FAMILIES = (
     Family(
         "stablelm",
         "StableLmForCausalLM",
+        "StableLM 2",
         {
             **COMMON,
             "vocab_size": 50304,
@@ -71,6 +72,7 @@ FAMILIES = (
     Family(
         "nemotron",
         "NemotronForCausalLM",
+        "Nemotron-4, Minitron",
         {
             **COMMON,
             "vocab_size": 256000,

@@ -63,6 +63,7 @@ def write_granite(cfg: ModelConfig) -> dict[str, Any]:
 LLAMA = Family(
     "llama",
     "LlamaForCausalLM",
+    "LLaMA 2 and 3, Yi",
     {
         **COMMON,
         "vocab_size": 32000,
@@ -77,6 +78,7 @@ LLAMA = Family(
 MISTRAL = Family(
     "mistral",
     "MistralForCausalLM",
+    "Mistral 7B, Nemo, Small",
     {
         **COMMON,
         "vocab_size": 32000,
@@ -92,6 +94,7 @@ MISTRAL = Family(
 MINISTRAL = Family(
     "ministral",
     "MinistralForCausalLM",
+    "Ministral 8B",
     MISTRAL.defaults,
     write=lambda cfg: {"sliding_window": one_of(cfg.windows)},
     windows=functools.partial(windows_by_type, every=None),
@@ -100,6 +103,7 @@ MINISTRAL = Family(
 SEED_OSS = Family(
     "seed_oss",
     "SeedOssForCausalLM",
+    "Seed-OSS 36B",
     {
         **COMMON,
         "vocab_size": 155136,
@@ -119,6 +123,7 @@ SEED_OSS = Family(
 GRANITE = Family(
     "granite",
     "GraniteForCausalLM",
+    "Granite 3",
     {
         **LLAMA.defaults,
         "embedding_multiplier": 1.0,

@@ -53,6 +53,7 @@ FAMILIES = (
     Family(
         "mixtral",
         "MixtralForCausalLM",
+        "Mixtral 8x7B, 8x22B",
         {
             **COMMON,
             "vocab_size": 32000,
@@ -79,6 +80,7 @@ FAMILIES = (
     Family(
         "olmoe",
         "OlmoeForCausalLM",
+        "OLMoE",
         {
             **COMMON,
             "vocab_size": 50304,

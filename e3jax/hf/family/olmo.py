@@ -20,6 +20,7 @@ FAMILIES = (
     Family(
         "olmo2",
         "Olmo2ForCausalLM",
+        "OLMo 2",
         {
             **COMMON,
             "vocab_size": 50304,

@@ -37,6 +37,7 @@ FAMILIES = (
     Family(
         "phi3",
         "Phi3ForCausalLM",
+        "Phi-3, Phi-4, Phi-4-mini",
         {
             **COMMON,
             "vocab_size": 32064,

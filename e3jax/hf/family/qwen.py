@@ -100,6 +100,7 @@ FAMILIES = (
     Family(
         "qwen2",
         "Qwen2ForCausalLM",
+        "Qwen1.5, Qwen2, Qwen2.5",
         DENSE,
         lambda _: {"qkv_bias": True},
         write_windows,
@@ -109,6 +110,7 @@ FAMILIES = (
     Family(
         "qwen3",
         "Qwen3ForCausalLM",
+        "Qwen3 (dense)",
         {**DENSE, "head_dim": 128, "attention_bias": False},
         read_qwen3,
         write_qwen3,
@@ -118,6 +120,7 @@ FAMILIES = (
     Family(
         "qwen2_moe",
         "Qwen2MoeForCausalLM",
+        "Qwen1.5-MoE, Qwen2-57B-A14B",
         {
             **SPARSE,
             "intermediate_size": 5632,
@@ -145,6 +148,7 @@ FAMILIES = (
     Family(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
+        "Qwen3-30B-A3B, 235B-A22B, Coder",
         {
             **SPARSE,
             "intermediate_size": 6144,

@@ -46,6 +46,7 @@ FAMILIES = (
     Family(
         "smollm3",
         "SmolLM3ForCausalLM",
+        "SmolLM3",
         {
             **llama.COMMON,
             "vocab_size": 128256,
