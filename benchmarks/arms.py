@@ -19,7 +19,10 @@ SHAPES = {  # layers, width, mlp, heads, key-value heads, tied; heads are 128 wi
     "1.7b": (28, 2048, 6144, 16, 8, True),
     "4b": (36, 2560, 9728, 32, 8, True),
     "8b": (36, 4096, 12288, 32, 8, False),
+    "30b-a3b": (48, 2048, 6144, 32, 4, False),  # Qwen3-30B-A3B: ours alone
+    "3b": (48, 2048, 6144, 32, 4, False),  # dense, as many parameters as a token meets there
 }
+EXPERTS = {"30b-a3b": (128, 8, 768)}  # count, taken by a token, width
 LR = 1e-5
 
 
@@ -35,7 +38,7 @@ def kept(count: int) -> list[int]:
 
 def model_config(shapes: str, layers: int | None = None):
     """e3jax's ModelConfig of the dense model."""
-    from e3jax.models.config import ModelConfig
+    from e3jax.models.config import Experts, ModelConfig
 
     _, width, mlp, heads, kv_heads, tied = SHAPES[shapes]
     count = depth(shapes, layers)
@@ -43,6 +46,7 @@ def model_config(shapes: str, layers: int | None = None):
         family="qwen3", num_layers=count, width=width, mlp_width=mlp, num_heads=heads,
         num_kv_heads=kv_heads, head_dim=128, vocab_size=VOCAB, max_position=40_960, norm_eps=1e-6,
         tied=tied, windows=(None,) * count, qk_norm=True,
+        experts=Experts(*EXPERTS[shapes]) if shapes in EXPERTS else None,
     )  # fmt: skip
 
 

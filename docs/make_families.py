@@ -74,8 +74,7 @@ def features(family: Family, cfg: ModelConfig) -> list[str]:
         "scaled embeddings": cfg.embed_scale != 1.0,
         "scaled residuals": cfg.residual_scale != 1.0,
         "scaled logits": cfg.logits_scale != 1.0,
-        "several matrices in a tensor": len({family.tensors[leaf] for leaf in leaves})
-        < len(leaves),
+        "several matrices in a tensor": len(names) < len(leaves),
         "several ropes": len(set(cfg.ropes) - {None}) > 1,
         "layers without rope": None in cfg.ropes,
         "a part of each head turned": cfg.turned is not None,
