@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from e3jax import mesh
+from e3jax.errors import UserError
 from e3jax.hf import dequantise
 from e3jax.hf.cut import cut_config
 from e3jax.hf.export import export
@@ -27,12 +28,14 @@ from hf_tiny import (
     SIZES,
     assert_same_logits,
     edit_json,
+    model_logits,
     our_logits,
     random_tokens,
     rewrite,
     save_tiny,
     torch_logits,
 )
+from test_families import CASES
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -131,6 +134,36 @@ def test_deepseek_r1(tmp_path):
     assert cfg.dense == (0, 1, 2) and decoder.count_params(cfg) == 671_026_419_200
     cut = cut_config(json.loads((folder / "config.json").read_text()), [0, 2, *range(10, 61)])
     assert cut["first_k_dense_replace"] == 2 and "auto_map" not in cut
+
+
+def test_kimi_k2_and_layers_that_draft_tokens(tmp_path, caplog):
+    """DeepSeek-V3 by another name; the layer behind the last is left out, and a line says so."""
+    family, changes = CASES["deepseek_v3"]
+    folder = save_tiny(tmp_path / "kimi", family, **changes)
+    tokens = random_tokens(96, 9)
+    wanted = torch_logits(folder, tokens)
+    draft = {"model.layers.3.eh_proj.weight": torch.ones(32, 64)}
+    rewrite(folder, lambda tensors: tensors.update(draft))
+    told = {
+        "model_type": "kimi_k2",
+        "num_nextn_predict_layers": 1,
+        "auto_map": {"AutoModel": "x.Y"},
+    }
+    edit_json(folder / "config.json", lambda c: c.update(told))
+    with caplog.at_level("INFO", "e3jax"):
+        assert_same_logits(our_logits(folder, tokens), wanted)
+    assert "1 layer(s) behind the last one only draft tokens ahead" in caplog.text
+    cfg, keep = read_config(folder), [0, 2]
+    params = decoder.take_layers(load_params(folder, cfg), cfg, keep)
+    out = export(params, keep, cfg.take_layers(keep), folder, tmp_path / "cut", card="")
+    config = json.loads((out / "config.json").read_text())
+    assert (config["model_type"], config["num_nextn_predict_layers"]) == ("deepseek_v3", 0)
+    assert "auto_map" not in config and config["first_k_dense_replace"] == 1
+    ours = model_logits(params, cfg.take_layers(keep), tokens)
+    assert_same_logits(ours, torch_logits(out, tokens))
+    rewrite(folder, lambda t: t.update({"model.layers.4.eh_proj.weight": torch.ones(32, 64)}))
+    with pytest.raises(UserError, match=r"unknown: model\.layers\.4\.eh_proj"):
+        load_params(folder)
 
 
 def test_fp8_blocks_are_dequantised(tmp_path):
