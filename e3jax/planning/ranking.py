@@ -152,6 +152,8 @@ def _work_space(
     kernel = topology.is_tpu or (
         cudnn.takes(time, cfg.head_dim, job.DTYPES[run.model.dtype], 1)
         and see_all(cfg.windows, time)
+        and cfg.attention_cap is None
+        and not cfg.sinks
     )
     if not kernel:  # scores of every query and key
         layer += rows * cfg.num_heads / model * time**2 * 12
