@@ -248,8 +248,8 @@ cases = pytest.mark.parametrize(("family", "changes"), CASES.values(), ids=CASES
 # One of each kind; the others, which have no other layers than these, are slow tests.
 KIND = {
     "qwen3_moe-dense-inside", "mixtral-window", "olmoe", "gpt_oss", "glm4_moe", "gemma2",
-    "deepseek_v2-groups", "deepseek_v3", "gemma3_text", "granite", "olmo2", "smollm3-windows", "phi3-long",
-    "glm4", "exaone4", "cohere2", "stablelm-parallel", "nemotron",
+    "deepseek_v2-groups", "deepseek_v3", "gemma3_text", "granite", "olmo2", "smollm3-windows",
+    "phi3-long", "glm4", "exaone4", "cohere2", "stablelm-parallel", "nemotron",
 }  # fmt: skip
 kinds = pytest.mark.parametrize(
     ("family", "changes"),
