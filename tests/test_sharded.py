@@ -103,7 +103,6 @@ search_is_the_same = same_as_one_device(search_step, check_search)
 1x8x1 odd mixed
 1x2x4 odd mixed
 1x2x4 odd-norms mixed
-1x4x2 parallel mixed
 1x2x4 even mixed
 2x2x2 odd score
 1x4x2 even straight-through
@@ -200,7 +199,6 @@ train_is_the_same = same_as_one_device(train_step, check_train)
 @cases("""
 1x8x1 odd online
 1x2x4 odd online
-1x2x4 odd-norms online
 1x4x2 parallel online
 1x2x4 even online
 1x8x1 even stored

@@ -34,7 +34,7 @@ def make_loads(
                 h = apply(w, h, index, watch=seen.append)
                 return h, _sent(w, seen[0], batch, cfg) if sparse else None
 
-            ids = np.arange(cfg.num_layers)
+            ids = jnp.arange(cfg.num_layers)
             h, counts = jax.lax.scan(body, h, decoder.of_run((params, ids), run))
             if sparse:
                 found.append(counts)

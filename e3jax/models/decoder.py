@@ -207,7 +207,8 @@ def hidden(
         h, found = scan(h, (None, jnp.asarray(layer_ids, jnp.int32), None, beside))
         stats.append(found)
     for run in cfg.runs if layer_ids is None else ():
-        xs = params, np.arange(cfg.num_layers), gates_lb, beside
+        # Not numpy's: of a constant to scan over, jax 0.10 for CPUs can make no program.
+        xs = params, jnp.arange(cfg.num_layers), gates_lb, beside
         h, found = scan(h, of_run(xs, run))
         stats.append(found)
     h = last_norm(params, h, cfg)
