@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import pathlib
 import runpy
 
@@ -164,6 +165,24 @@ def test_kimi_k2_and_layers_that_draft_tokens(tmp_path, caplog):
     rewrite(folder, lambda t: t.update({"model.layers.4.eh_proj.weight": torch.ones(32, 64)}))
     with pytest.raises(UserError, match=r"unknown: model\.layers\.4\.eh_proj"):
         load_params(folder)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss"])
+def test_experts_on_several_devices_are_the_same_files(tmp_path, name):
+    """Read and written by eight devices that share the experts, to the byte."""
+    family, changes = CASES[name]
+    changes = {**changes, "num_local_experts": 8} if name == "gpt_oss" else changes
+    folder = save_tiny(tmp_path / "whole", family, **changes)
+    cfg, keep = read_config(folder), [0, 2]
+    for sizes in ((1, 1, 1), (1, 2, 4)):
+        with jax.set_mesh(mesh.make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])):
+            params = decoder.take_layers(load_params(folder, cfg), cfg, keep)
+            out = tmp_path / "x".join(map(str, sizes))
+            export(params, keep, cfg.take_layers(keep), folder, out, card="")
+    one, eight = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("1x1x1", "1x2x4")
+    )
+    assert one == eight and len(one) > 10_000
 
 
 def test_fp8_blocks_are_dequantised(tmp_path):

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
-from e3jax import processes
+from e3jax import mesh, processes
 from e3jax.errors import UserError
 from e3jax.hf import aside, blocks, safetensors
 from e3jax.hf.aside import SHARD_BYTES, to_json
@@ -168,7 +169,11 @@ def _gather_only(pieces: Iterable[Any]) -> None:
 @jax.jit
 def _at(leaf: jax.Array, index: tuple[int, ...]) -> jax.Array:
     for i in index:
-        leaf = jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
+        if mesh.is_sharded(leaf, 0):  # experts: the device that has it tells the others
+            place = P(None, *jax.typeof(leaf).sharding.spec[1:])
+            leaf = leaf.at[jnp.array([i])].get(out_sharding=place)[0]
+        else:
+            leaf = jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
     return leaf
 
 
