@@ -302,7 +302,7 @@ def test_published_models_type_check_on_a_pod(shared):
             checked.add(dataclasses.replace(read_config(file), max_position=0))
     for cfg in checked:
         type_check_on_a_pod(cfg)
-    assert len(checked) > 30
+    assert len(checked) > 25
 
 
 SOME = ["llama", "deepseek_v3", "gpt_oss", "gemma3_text", "cohere2"]  # the others are slow

@@ -218,7 +218,7 @@ def test_compiles_for_v6e(tpu_mesh, monkeypatch):
     assert not squares(text) and squares(dense)
 
 
-@pytest.mark.parametrize("rows", [2, 8])  # of two devices
+@pytest.mark.parametrize("rows", [2, pytest.param(8, marks=pytest.mark.slow)])  # of two devices
 def test_decoding_compiles_for_v5p(tpu_mesh, rows):
     """The prompt by the kernel, what follows from the cache, of which nothing is a copy."""
     cfg = dataclasses.replace(TPU_CFG, head_dim=128, windows=(None,) * 3)
