@@ -231,6 +231,15 @@ def is_sharded(x: jax.Array, axis: int) -> bool:
     return axis_size(set_mesh, jax.typeof(x).sharding.spec[axis]) > 1
 
 
+def entry(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[index], inside jit. Of an axis that devices have parts of, the one that has the entry tells
+    the others."""
+    if not is_sharded(x, 0):
+        return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+    place = P(None, *jax.typeof(x).sharding.spec[1:])
+    return x.at[jnp.array([index])].get(out_sharding=place)[0]
+
+
 def repeat_rows(x: jax.Array, count: int) -> jax.Array:
     """[W, ...] -> [W * count, ...], each row `count` times in a row, where it is; inside jit."""
     if count == 1:

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from e3jax import mesh, processes
 from e3jax.errors import UserError
@@ -169,11 +168,7 @@ def _gather_only(pieces: Iterable[Any]) -> None:
 @jax.jit
 def _at(leaf: jax.Array, index: tuple[int, ...]) -> jax.Array:
     for i in index:
-        if mesh.is_sharded(leaf, 0):  # experts: the device that has it tells the others
-            place = P(None, *jax.typeof(leaf).sharding.spec[1:])
-            leaf = leaf.at[jnp.array([i])].get(out_sharding=place)[0]
-        else:
-            leaf = jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
+        leaf = mesh.entry(leaf, i)
     return leaf
 
 
