@@ -52,15 +52,11 @@ def make_loads(
 def _sent(w: Params, x_btd: jax.Array, batch: Batch, cfg: ModelConfig) -> jax.Array:
     """Tokens that each expert of a layer is sent, int32 [E]. x: what the layer's router reads."""
     assert cfg.experts is not None
+    real = batch.segments > 0
     if mesh.current() is not None:
         x_btd = jax.sharding.reshard(x_btd, mesh.spec((None, None, None)))
-        real = jax.sharding.reshard(batch.segments > 0, mesh.spec((None, None)))
-        router = {
-            k: mesh.gather(v, (None, "embed")[: v.ndim]) for k, v in w.items() if "router" in k
-        }
-    else:
-        real, router = batch.segments > 0, w
-    routes = moe.route(router, x_btd.reshape(-1, x_btd.shape[-1]), cfg.experts)
+        real = jax.sharding.reshard(real, mesh.spec((None, None)))
+    routes = moe.route(moe.routers_of(w), x_btd.reshape(-1, x_btd.shape[-1]), cfg.experts)
     to = routes.experts[..., None] == jnp.arange(cfg.experts.count)
     return jnp.sum(to & real.reshape(-1, 1, 1), axis=(0, 1), dtype=jnp.int32)
 

@@ -26,7 +26,7 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {
 
 def read_partial(facts: Facts) -> dict[str, Any]:
     """`rope`, and of a model that turns only part of a head's numbers how many, `turned`."""
-    parameters = _parameters(facts)
+    parameters = parameters_of(facts)
     part = parameters.get("partial_rotary_factor", facts.get("partial_rotary_factor"))
     head_dim = facts.size(
         "head_dim", facts.size("hidden_size") // facts.size("num_attention_heads")
@@ -41,7 +41,8 @@ def write_partial(cfg: ModelConfig) -> dict[str, Any]:
     return {"rope_parameters": {**write_rope(cfg.rope), "partial_rotary_factor": part}}
 
 
-def _parameters(facts: Facts) -> dict[str, Any]:
+def parameters_of(facts: Facts) -> dict[str, Any]:
+    """The rope's own object in config.json, by its name in transformers 4 or 5."""
     given = facts.get("rope_scaling") or facts.get("rope_parameters") or {}
     if not isinstance(given, dict):
         raise facts.error(f"rope parameters are {given!r}; expected an object")
@@ -56,7 +57,7 @@ def read_rope(facts: Facts, max_position: int, *, partial: bool = False) -> Rope
     transformers.modeling_rope_utils does. partial: the model may turn a part of each head. Raises
     UserError on an unknown type.
     """
-    given = _parameters(facts)
+    given = parameters_of(facts)
     nested = [key for key, value in given.items() if isinstance(value, dict)]
     if nested:
         raise facts.error(f"rope parameters by layer type ({nested}) are not supported")
@@ -111,16 +112,17 @@ def _factors(rope: Facts, key: str) -> tuple[float, ...]:
 
 
 def _yarn_attention_factor(given: dict[str, Any], factor: float) -> float:
-    """What cos and sin are multiplied by: 0.1 ln(factor) + 1 (arXiv 2309.00071, eq. 22)."""
-
-    def magnitude(scale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
-
+    """What cos and sin are multiplied by."""
     if given.get("attention_factor") is not None:
         return float(given["attention_factor"])
     if given.get("mscale") and given.get("mscale_all_dim"):
-        return magnitude(given["mscale"]) / magnitude(given["mscale_all_dim"])
-    return magnitude(1.0)
+        return magnitude(factor, given["mscale"]) / magnitude(factor, given["mscale_all_dim"])
+    return magnitude(factor)
+
+
+def magnitude(factor: float, scale: float = 1.0) -> float:
+    """0.1 s ln(factor) + 1 of a context `factor` times as long (arXiv 2309.00071, eq. 22)."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:

@@ -73,11 +73,10 @@ def mixture(
     """The experts' answers to [B, T, D], weighed and added up, in x's dtype."""
     axes = expert_axes(experts)
     own = {name: w[name].astype(x_btd.dtype) for name in axes}
-    routers = {name: matrix for name, matrix in w.items() if name.startswith("router")}
+    routers = routers_of(w)
     if mesh.current() is None:
         return _answers(routers, own, x_btd, 0, experts, activation)
     own = {name: mesh.gather(own[name], axes[name]) for name in axes}
-    routers = {name: mesh.gather(x, (None, "embed")[: x.ndim]) for name, x in routers.items()}
     rows = mesh.spec(("batch", None, None))
     split = mesh.spec(("experts",), (experts.count,))[0]
 
@@ -94,6 +93,12 @@ def mixture(
     )
     run = jax.shard_map(here, in_specs=in_specs, out_specs=rows, check_vma=False)
     return run(routers, own, x_btd)
+
+
+def routers_of(w: Params) -> Params:
+    """What chooses a layer's experts, whole on every device."""
+    found = {name: x for name, x in w.items() if name.startswith("router")}
+    return {name: mesh.gather(x, (None, "embed")[: x.ndim]) for name, x in found.items()}
 
 
 def _whole(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
@@ -120,9 +125,11 @@ def _answers(
     # Each token k times, then in order: both are permutations backward, where a gather with
     # repetitions would add up in whatever order.
     sent = _permuted(jnp.repeat(x, experts.per_token, axis=0), order)
-    of = jnp.minimum(_permuted(place, order), count - 1)
-    answer = _joined if experts.joined else _gated
-    y = answer(own, sent, sizes, of, experts, activation)
+    if experts.joined:
+        of = jnp.minimum(_permuted(place, order), count - 1)
+        y = _joined(own, sent, sizes, of, experts.limit)
+    else:
+        y = _gated(own, sent, sizes, activation)
     y = jnp.where((jnp.arange(len(y)) < jnp.sum(sizes))[:, None], y, 0)
     y = _permuted(y, jnp.argsort(order)).reshape(len(x), experts.per_token, -1)
     y = jnp.sum(y.astype(jnp.float32) * routes.weights[..., None], axis=1)
@@ -130,12 +137,7 @@ def _answers(
 
 
 def _gated(
-    own: Params,
-    x: jax.Array,
-    sizes: jax.Array,
-    of: jax.Array,
-    experts: Experts,
-    activation: Callable[[jax.Array], jax.Array],
+    own: Params, x: jax.Array, sizes: jax.Array, activation: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
     """down(activation(gate x) * up x) of rows that lie expert by expert; matrices are [out, in]."""
     gate, up = (
@@ -146,20 +148,16 @@ def _gated(
 
 
 def _joined(
-    own: Params,
-    x: jax.Array,
-    sizes: jax.Array,
-    of: jax.Array,
-    experts: Experts,
-    activation: Callable[[jax.Array], jax.Array],
+    own: Params, x: jax.Array, sizes: jax.Array, of: jax.Array, limit: float | None
 ) -> jax.Array:
-    """The same by matrices [in, out], gate and up in one, with biases, as gpt-oss has it."""
+    """The same by matrices [in, out], gate and up in one, with biases, as gpt-oss has it. of: which
+    expert each row belongs to."""
     count, width, _, _ = own["expert_in"].shape
     both = grouped(x, own["expert_in"].reshape(count, width, -1), sizes, axis=1)
     both = recompute.keep_large(both.reshape(len(x), -1, 2) + own["expert_in_bias"][of])
     gate, up = both[..., 0], both[..., 1]
-    if experts.limit is not None:
-        gate, up = jnp.minimum(gate, experts.limit), jnp.clip(up, -experts.limit, experts.limit)
+    if limit is not None:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     y = (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
     return grouped(y, own["expert_out"], sizes, axis=1) + own["expert_out_bias"][of]
 

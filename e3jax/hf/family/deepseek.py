@@ -10,7 +10,7 @@ from typing import Any
 
 from e3jax.hf.facts import NAMES, Facts, Family
 from e3jax.hf.family.llama import COMMON
-from e3jax.hf.rope import read_rope, write_rope
+from e3jax.hf.rope import magnitude, parameters_of, read_rope, write_rope
 from e3jax.models.config import Experts, Latent, ModelConfig
 
 COMMON_V2 = {
@@ -52,13 +52,12 @@ def read_latent(facts: Facts) -> dict[str, Any]:
 
 def _scale(facts: Facts, head_dim: int) -> float | None:
     """The scores' factor grows with a rope that is stretched: (0.1 m ln(factor) + 1)^2."""
-    given = facts.get("rope_scaling") or facts.get("rope_parameters") or {}
+    given = parameters_of(facts)
     kind = given.get("rope_type") or given.get("type") or "default"
     stretch, factor = given.get("mscale_all_dim"), given.get("factor")
     if kind == "default" or not stretch or not factor:
         return None
-    magnitude = 0.1 * stretch * math.log(factor) + 1.0 if factor > 1 else 1.0
-    return head_dim**-0.5 * magnitude**2
+    return head_dim**-0.5 * magnitude(factor, stretch) ** 2
 
 
 def read_experts(facts: Facts) -> dict[str, Any]:
@@ -124,8 +123,8 @@ def write_v3(cfg: ModelConfig) -> dict[str, Any]:
     assert latent is not None
     rope = write_rope(cfg.rope)
     if cfg.attention_scale is not None:  # what a stretch of the scores makes of cos and sin too
-        magnitude = math.sqrt(cfg.attention_scale * cfg.head_dim**0.5)
-        rope["mscale_all_dim"] = (magnitude - 1.0) / (0.1 * math.log(cfg.rope.factor))
+        stretched = math.sqrt(cfg.attention_scale * cfg.head_dim**0.5)
+        rope["mscale_all_dim"] = (stretched - 1.0) / (0.1 * math.log(cfg.rope.factor))
     return {
         "rope_parameters": rope,
         "rope_interleave": cfg.rope.interleaved,
