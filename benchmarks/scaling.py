@@ -14,6 +14,7 @@ from arms import ROOT, ROW, SHAPES, middle, run_arm
 from steps import flops_per_token, gpus
 
 STEPS = str(ROOT / "benchmarks" / "steps.py")
+WAYS = ["data", "model"]
 PASSES = {  # rows a GPU and forward pass, on one GPU and on several: what 80 GB hold
     ("search", "4b"): (4, 4),
     ("search", "8b"): (4, 4),
@@ -31,7 +32,7 @@ def main() -> None:
     for step in options.steps:
         for shapes in options.shapes:
             single = None
-            for arm in arms(step, shapes, options.gpus):
+            for arm in arms(step, shapes, options.gpus, options.ways):
                 count = gpus(arm)
                 tokens = options.rows * count * ROW
                 said = ["--shapes", shapes, "--tokens", str(tokens), "--chunk", str(options.chunk)]
@@ -60,18 +61,19 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["4b", "8b"])
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="to share weights")
     parser.add_argument("--rows", type=int, default=4, help="of 4096 tokens, a GPU and step")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens whose logits exist")
     return parser.parse_args(sys.argv[1:])
 
 
-def arms(step: str, shapes: str, counts: list[int]) -> list[str]:
+def arms(step: str, shapes: str, counts: list[int], ways: list[str]) -> list[str]:
     """One GPU, and each way to share the weights among several."""
     found = []
     for count in counts:
         one, several = PASSES.get((step, shapes), (2, 2))
         arm = f"e3jax:{count * (one if count == 1 else several)}:selective"
-        found += [arm] if count == 1 else [f"{arm}:data{count}", f"{arm}:model{count}"]
+        found += [arm] if count == 1 else [f"{arm}:{way}{count}" for way in ways]
     return found
 
 

@@ -87,7 +87,7 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", nargs="+", required=True, type=pathlib.Path)
     parser.add_argument("--out", required=True, type=pathlib.Path)
-    parser.add_argument("--rows", type=int, default=1_200_000, help="train problems")
+    parser.add_argument("--rows", type=int, default=600_000, help="train problems")
     parser.add_argument("--tests", type=int, default=4000, help="test problems")
     parser.add_argument("--most", type=int, default=9, help="most definitions in a problem")
     parser.add_argument("--times", type=int, default=25, help="how often the texts come")

@@ -182,6 +182,7 @@ def test_importing_has_no_side_effects(tmp_path):
 import importlib, logging, os, sys
 # What other libraries do when imported is theirs.
 import flax, grain, jax, matplotlib.figure, numpy, optax, orbax.checkpoint, transformers
+import jax.experimental.pallas.mosaic_gpu
 before, here = dict(os.environ), os.listdir()
 settings, handlers = dict(jax.config.values), list(logging.getLogger().handlers)
 for name in {names!r}:

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from e3jax import mesh
 from e3jax.models import recompute
 from e3jax.models.config import Experts
+from e3jax.models.grouped import Groups, block_of, lay
 from e3jax.models.params import Params, expert_axes
-from e3jax.models.product import precision, project
+from e3jax.models.product import project
 
 
 class Routes(NamedTuple):
@@ -120,64 +121,41 @@ def _answers(
     count = len(next(iter(own.values())))
     place = routes.experts - first  # all those elsewhere are one more, whose answers are zero
     place = jnp.where((place >= 0) & (place < count), place, count).reshape(-1)
-    order = jnp.argsort(place)  # stable: the same sum whatever else is in the batch
-    sizes = jnp.sum(place[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
+    groups = lay(place, count, block_of(own, x.dtype))
     # Each token k times, then in order: both are permutations backward, where a gather with
     # repetitions would add up in whatever order.
-    sent = _permuted(jnp.repeat(x, experts.per_token, axis=0), order)
+    sent = groups.send(jnp.repeat(x, experts.per_token, axis=0))
     if experts.joined:
-        of = jnp.minimum(_permuted(place, order), count - 1)
-        y = _joined(own, sent, sizes, of, experts.limit)
+        y = _joined(own, sent, groups, experts.limit)
     else:
-        y = _gated(own, sent, sizes, activation)
-    y = jnp.where((jnp.arange(len(y)) < jnp.sum(sizes))[:, None], y, 0)
-    y = _permuted(y, jnp.argsort(order)).reshape(len(x), experts.per_token, -1)
+        y = _gated(own, sent, groups, activation)
+    y = groups.bring(y).reshape(len(x), experts.per_token, -1)
     y = jnp.sum(y.astype(jnp.float32) * routes.weights[..., None], axis=1)
     return y.astype(x.dtype).reshape(x_btd.shape)
 
 
 def _gated(
-    own: Params, x: jax.Array, sizes: jax.Array, activation: Callable[[jax.Array], jax.Array]
+    own: Params, x: jax.Array, groups: Groups, activation: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
     """down(activation(gate x) * up x) of rows that lie expert by expert; matrices are [out, in]."""
     gate, up = (
-        recompute.keep_large(grouped(x, own[f"expert_{name}"], sizes, axis=2))
+        recompute.keep_large(groups.product(x, own[f"expert_{name}"], axis=2))
         for name in ("gate", "up")
     )
-    return grouped(activation(gate) * up, own["expert_down"], sizes, axis=2)
+    return groups.product(activation(gate) * up, own["expert_down"], axis=2)
 
 
-def _joined(
-    own: Params, x: jax.Array, sizes: jax.Array, of: jax.Array, limit: float | None
-) -> jax.Array:
-    """The same by matrices [in, out], gate and up in one, with biases, as gpt-oss has it. of: which
-    expert each row belongs to."""
+def _joined(own: Params, x: jax.Array, groups: Groups, limit: float | None) -> jax.Array:
+    """The same by matrices [in, out], gate and up in one, with biases, as gpt-oss has it."""
     count, width, _, _ = own["expert_in"].shape
-    both = grouped(x, own["expert_in"].reshape(count, width, -1), sizes, axis=1)
+    of = groups.of_rows()
+    both = groups.product(x, own["expert_in"].reshape(count, width, -1), axis=1)
     both = recompute.keep_large(both.reshape(len(x), -1, 2) + own["expert_in_bias"][of])
     gate, up = both[..., 0], both[..., 1]
     if limit is not None:
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     y = (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
-    return grouped(y, own["expert_out"], sizes, axis=1) + own["expert_out_bias"][of]
-
-
-def grouped(x_md: jax.Array, matrices: jax.Array, sizes_e: jax.Array, axis: int) -> jax.Array:
-    """Rows times the matrix of their group: sizes_e int32 [E], how many rows each of `matrices`
-    [E, ...] has, one group after the other; summed over this axis of the matrices. What belongs to
-    no group is not to be looked at."""
-    numbers = jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((1,), (axis,)), ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[0],
-    )
-    return jax.lax.ragged_dot_general(
-        x_md, matrices, sizes_e, numbers, precision=precision(x_md.dtype)
-    )
-
-
-def _permuted(x: jax.Array, order: jax.Array) -> jax.Array:
-    return x.at[order].get(unique_indices=True, mode="promise_in_bounds")
+    return groups.product(y, own["expert_out"], axis=1) + own["expert_out_bias"][of]
 
 
 def shared(w: Params, x_btd: jax.Array, y_btd: jax.Array) -> jax.Array:
