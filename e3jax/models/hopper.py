@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as gpu
 ACC = gpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 BLOCK = 128  # rows
 DEPTH = 64  # summed at a time: the widths of matrices are multiples of it
-WIDTH = 128  # columns of a block of the result
+WIDTH = 192  # columns of a block of the result
 STAGES = 4  # of the pipeline from memory
 
 
