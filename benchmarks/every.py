@@ -7,13 +7,14 @@ The first windows of data.measure rank all C(L, K) sets by KL to the dense model
 best are scored again on all windows, in model.dtype, with the masks given. Sets that begin alike
 share what they compute: the sets are the leaves of a tree of which a layer is run once for each
 node, 0.5 M times instead of the 2.4 M of C(24, 18) sets one by one. Nodes at one depth wait until
-there are --chunk of them; the deepest go first, so few are in memory.
+there are --chunk of them; the deepest go first, so few are in memory, in a pool of streams.
 One GPU, or a CPU for few layers.
 Writes FOLDER/every.npy (float32, nats a token, in the order of itertools.combinations of the layers
 removed), which another run takes as it is, and FOLDER/best.json.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import pathlib
@@ -40,88 +41,120 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     with job.open_mesh(run.mesh):
         dense = job.open_job(run)
-        remove = dense.cfg.num_layers - resolve_keep(run.search.keep, dense.cfg.num_layers)
+        layers = dense.cfg.num_layers
+        remove = layers - resolve_keep(run.search.keep, layers)
         (batch,) = job.ordered(dense.measured, options.first, options.first)
-        sets = list(itertools.combinations(range(dense.cfg.num_layers), remove))
+        sets = np.array(list(itertools.combinations(range(layers), remove)), np.int8)
         kept = options.folder / "every.npy"
-        if kept.exists():
-            found = dict(zip(sets, np.load(kept)))
-        else:
+        if not kept.exists():
             begun = time.monotonic()
-            found = score_all(dense, mesh.shard_batch(batch), remove, options.chunk)
-            print(f"{len(found):,} sets in {time.monotonic() - begun:.0f} s", flush=True)
-            np.save(kept, np.array([found[s] for s in sets], np.float32))
-        rows = again(dense, found, options)
+            codes, kl = score_all(dense, mesh.shard_batch(batch), remove, options.chunk)
+            print(f"{len(kl):,} sets in {time.monotonic() - begun:.0f} s", flush=True)
+            order = np.argsort(codes)
+            np.save(kept, kl[order][np.searchsorted(codes[order], code(sets))])
+        rows = again(dense, sets, np.load(kept), options)
     (options.folder / "best.json").write_text(json.dumps(rows, indent=1) + "\n")
     for row in rows:
         if row["rank"] <= 12 or row["from"]:
             print(f"{row['rank']:>6} {row['kl']:.4f} {row['removed']} {' '.join(row['from'])}")
 
 
-def score_all(dense: job.Job, batch: decoder.Batch, remove: int, chunk: int) -> dict:
-    """Layers removed -> KL, of all sets."""
+def code(sets: np.ndarray) -> np.ndarray:
+    """A number for each set of layers, int64 [N] of int [N, R]: bit i for layer i."""
+    return np.sum(np.int64(1) << sets.astype(np.int64), axis=-1)
+
+
+def score_all(
+    dense: job.Job, batch: decoder.Batch, remove: int, chunk: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `code` of the layers removed, int64 [N], and the KL, float32 [N], of all sets.
+
+    A node is (layers removed, their number, the place of its residual stream in the pool). Of its
+    two children the one without the next layer inherits the place.
+    """
     cfg, params = dense.cfg, jax.tree.map(lambda w: w.astype(jnp.bfloat16), dense.params)
-    many = jax.tree.map(lambda x: jnp.concatenate([x] * chunk), batch)
-    head, rows = decoder.head(params, cfg), len(batch.tokens)
+    repeat = jax.jit(lambda batch: jax.tree.map(lambda x: mesh.repeat_rows(x, chunk), batch))
+    many, by_row = repeat(batch), mesh.spec(("batch", None, None, None))  # each row for all nodes
 
-    @jax.jit
-    def run_layer(index: jax.Array, *nodes: jax.Array) -> tuple[jax.Array, ...]:
+    def streams(pool: jax.Array, places: jax.Array) -> jax.Array:
+        """[rows x chunk, T, D]."""
+        found = pool.at[:, places].get(out_sharding=by_row)
+        shape = (-1, *pool.shape[2:])
+        return found.reshape(shape, out_sharding=mesh.spec(("batch", None, None)))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run_layer(pool, params, many, index, sources, targets):
         apply = decoder.by_number(params, cfg, decoder.applier(many, cfg, jnp.bfloat16))
-        h = apply(index, jnp.concatenate(nodes))
-        return tuple(h[i * rows : (i + 1) * rows] for i in range(chunk))
+        h = apply(index, streams(pool, sources))
+        h = h.reshape(len(pool), chunk, *pool.shape[2:], out_sharding=by_row)
+        return pool.at[:, targets].set(h)
 
     @jax.jit
-    def score(h_dense: jax.Array, *nodes: jax.Array) -> jax.Array:
-        teacher = losses.Online(jnp.concatenate([h_dense] * chunk), head)
-        h = decoder.last_norm(params, jnp.concatenate(nodes), cfg)
+    def score(pool, params, many, h_dense, sources):
+        teacher = losses.Online(h_dense, decoder.head(params, cfg))
+        h = decoder.last_norm(params, streams(pool, sources), cfg)
         objective = losses.Objective(chunk=16384)
-        _, sums = losses.token_sums(h, head, many.targets, many.mask, teacher, objective)
-        return sums.kl.reshape(chunk, -1).sum(-1) / jnp.sum(batch.mask)
+        _, sums = losses.token_sums(h, teacher.head, many.targets, many.mask, teacher, objective)
+        kl = jax.sharding.reshard(sums.kl, mesh.spec((None,))).reshape(-1, chunk)
+        return jnp.sum(kl, axis=0) / (jnp.sum(many.mask) / chunk)
 
-    def whole(nodes: list) -> list:
-        return nodes + nodes[-1:] * (chunk - len(nodes))  # the rest of a chunk is not looked at
+    def whole(places: list[int], rest: int) -> np.ndarray:
+        return np.array(places + [rest] * (chunk - len(places)), np.int32)
 
     h_dense = decoder.hidden(params, batch, cfg, dtype=jnp.bfloat16, remat="none")
     start = decoder.first_stream(params, batch.tokens, cfg, jnp.bfloat16)
-    waiting = [[] for _ in range(cfg.num_layers + 1)]  # by depth: (layers removed, stream)
-    waiting[0].append(((), start))
-    found, scored = {}, []
+    # A depth has fewer than a chunk waiting before a chunk of the one above adds at most two.
+    size = (cfg.num_layers + 3) * chunk
+    shape = (len(start), size + 1, *start.shape[1:])  # the last is nobody's
+    pool = jnp.zeros(shape, start.dtype, out_sharding=by_row).at[:, 0].set(start)
+    free = list(range(1, size))
+    waiting: list[list[tuple[int, int, int]]] = [[] for _ in range(cfg.num_layers + 1)]
+    waiting[0].append((0, 0, 0))
+    codes, scored = [], []
     while any(waiting):
         full = [depth for depth, nodes in enumerate(waiting) if len(nodes) >= chunk]
         depth = max(full) if full else next(d for d, nodes in enumerate(waiting) if nodes)
         nodes, waiting[depth] = waiting[depth][:chunk], waiting[depth][chunk:]
-        names, streams = map(list, zip(*nodes))
         if depth == cfg.num_layers:
-            scored.append((names, score(h_dense, *whole(streams))))
-            if len(scored) > 64:  # the device is never waited for where it has work
-                names, kl = scored.pop(0)
-                found.update(zip(names, np.asarray(kl)))
+            places = [place for _, _, place in nodes]
+            scored.append((len(nodes), score(pool, params, many, h_dense, whole(places, size))))
+            codes += [removed for removed, _, _ in nodes]
+            free += places
             continue
-        waiting[depth + 1] += [((*n, depth), h) for n, h in nodes if len(n) < remove]
-        kept = [(n, h) for n, h in nodes if remove - len(n) < cfg.num_layers - depth]
-        if kept:
-            names, streams = map(list, zip(*kept))
-            waiting[depth + 1] += zip(names, run_layer(depth, *whole(streams)))
-    for names, kl in scored:
-        found.update(zip(names, np.asarray(kl)))
-    return found
+        sources, targets, children = [], [], waiting[depth + 1]
+        for removed, count, place in nodes:
+            below = count < remove  # the set without this layer is one to score
+            if remove - count < cfg.num_layers - depth:
+                sources.append(place)
+                targets.append(free.pop() if below else place)
+                children.append((removed, count, targets[-1]))
+            if below:
+                children.append((removed | 1 << depth, count + 1, place))
+        if sources:
+            sources, targets = whole(sources, size), whole(targets, size)
+            pool = run_layer(pool, params, many, depth, sources, targets)
+    kl = [np.asarray(kl)[:count] for count, kl in scored]
+    return np.array(codes, np.int64), np.concatenate(kl)
 
 
-def again(dense: job.Job, found: dict, options: argparse.Namespace) -> list[dict]:
+def again(
+    dense: job.Job, sets: np.ndarray, found: np.ndarray, options: argparse.Namespace
+) -> list[dict]:
     """The best sets and the masks given, by their KL on all windows."""
     layers, names = range(dense.cfg.num_layers), {}
     for path in options.masks:
         keep = json.loads(path.read_text())["keep"]
         names.setdefault(tuple(i for i in layers if i not in keep), []).append(str(path))
-    best = sorted(found, key=found.get)[: options.again]
+    best = [tuple(map(int, sets[at])) for at in np.argsort(found)[: options.again]]
     figures = make_figures(dense.cfg, dense.cfg, dtype=dense.dtype, chunk=4096)
     batches = list(job.ordered(dense.measured, dense.run.evaluate.batch))
-    rows = []
+    codes, rows = code(sets), []
     for removed in dict.fromkeys([*best, *names]):
         keep = [i for i in layers if i not in removed]
         kl = figures(dense.params, dense.params, batches, keep).kl
-        first = float(found[removed])
-        rows.append({"removed": removed, "kl": kl, "first": first, "from": names.get(removed, [])})
+        (at,) = np.flatnonzero(codes == code(np.array(removed)))
+        first = {"first": float(found[at]), "first_rank": 1 + int(np.sum(found < found[at]))}
+        rows.append({"removed": removed, "kl": kl, "from": names.get(removed, []), **first})
     rows.sort(key=lambda row: row["kl"])
     for rank, row in enumerate(rows, 1):  # of one that is not among the best it is at least this
         row["rank"] = rank
@@ -134,7 +167,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", required=True, type=pathlib.Path)
     parser.add_argument("--first", type=int, default=16, help="windows that rank all sets")
     parser.add_argument("--again", type=int, default=300, help="sets scored on all windows")
-    parser.add_argument("--chunk", type=int, default=32, help="nodes a call")
+    parser.add_argument("--chunk", type=int, default=128, help="nodes a call")
     parser.add_argument("--masks", type=pathlib.Path, nargs="*", default=[])
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser.parse_args()
