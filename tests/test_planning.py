@@ -465,7 +465,26 @@ def test_a_real_configuration_compiles_for_a_tpu():
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "tpu7x:2x2x1", "2xv5p:2x2x1"])
 def test_all_steps_compile_for_each_kind_of_tpu(topology, tmp_path):
     """The bundled model's search, recovery and decoding by the command; two of them are slices."""
-    command = ["plan", "--config", "demo", "--topology", topology, f"out={tmp_path}"]
+    tree = planned(tmp_path, "demo", topology)
+    assert tree["fits"] and not tree["topology"]["text"].startswith(("h", "b"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize(
+    "model, topology, keep",
+    [("Qwen--Qwen3-30B-A3B", "v5p:2x2x4", 36), ("openai--gpt-oss-20b", "v5p:2x2x2", 18)],
+)
+def test_experts_of_published_models_compile_for_a_tpu(model, topology, keep, tmp_path, shared):
+    """Every step at the published shapes, experts over `model`."""
+    overrides = [f"model.path={shared / 'configs' / model}", f"search.keep={keep}", "mesh.model=4"]
+    assert planned(tmp_path, "deepseek-r1", topology, *overrides)["fits"]
+
+
+def planned(out, config, topology, *overrides):
+    """The plan that the command saves; all steps were compiled, and told their memory."""
+    command = ["plan", "--config", config, "--topology", topology, f"out={out}", *overrides]
     environment = {**os.environ, "XLA_FLAGS": "", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run(
         [sys.executable, "run.py", *command],
@@ -475,7 +494,7 @@ def test_all_steps_compile_for_each_kind_of_tpu(topology, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    (tree,) = (json.loads(path.read_text()) for path in tmp_path.glob("plan-*.json"))
+    (tree,) = (json.loads(path.read_text()) for path in out.glob("plan-*.json"))
     parts = [tree[f"{name}_memory"] for name in ("search", "distill", "decode")]
     assert all(part["compiled"] and part["fits"] and part["peak"] for part in parts)
-    assert tree["fits"] and not tree["topology"]["text"].startswith(("h", "b"))
+    return tree
