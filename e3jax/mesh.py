@@ -119,6 +119,21 @@ def platform() -> str | None:
     return None if device is None else device.platform
 
 
+def is_hopper() -> bool:
+    """Whether the mesh that is set is made of NVIDIA GPUs of Hopper's kind, that are there."""
+    there = platform() == "gpu" and not is_stood_for()
+    return there and jax.devices()[0].compute_capability == "9.0"
+
+
+def on_own_rows(fn: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """`fn`, a kernel, by each device on its rows of the arrays, each [B, ...] and otherwise whole,
+    inside jit; its result too has them on axis 0."""
+    if current() is None:
+        return fn(*arrays)
+    rows = P(BATCH)
+    return jax.shard_map(fn, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
+
+
 def axis_size(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
     """Devices along a spec entry."""
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes

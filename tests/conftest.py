@@ -48,6 +48,18 @@ def compiled_fast():
 
 
 @pytest.fixture
+def hopper_kernels(monkeypatch):
+    """The kernels for NVIDIA's Hopper are taken, and run by JAX's interpreter of them."""
+    if jax.__version_info__ < (0, 12):
+        pytest.skip("JAX before 0.12 cannot interpret them")
+    from jax._src.pallas.mosaic_gpu.interpret.params import force_gpu_interpret_mode
+
+    monkeypatch.setattr(mesh, "is_hopper", lambda: True)
+    with force_gpu_interpret_mode():
+        yield
+
+
+@pytest.fixture
 def shared() -> pathlib.Path:
     """The folder of larger checkpoints and data beside the project; skips where there is none."""
     if not SHARED.is_dir():

@@ -6,29 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from e3jax import mesh
 from e3jax.models import grouped, moe
 from e3jax.models.config import Experts
-
-HOPPER = jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == "9.0"
-INTERPRETS = jax.__version_info__ >= (0, 12)
-needs_kernels = pytest.mark.skipif(not (HOPPER or INTERPRETS), reason="needs JAX 0.12 or a GPU")
 
 
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    monkeypatch.setattr(grouped, "on_hopper", lambda: True)
-    if HOPPER:
-        yield
-        return
-    from jax._src.pallas.mosaic_gpu.interpret.params import force_gpu_interpret_mode
-
-    with force_gpu_interpret_mode():
-        yield
 
 
 @pytest.mark.parametrize("block", (1, 4, 128))
@@ -51,9 +36,8 @@ def test_rows_lie_group_after_group_and_come_back(rng, block):
     np.testing.assert_array_equal(slope, np.where(group[:, None] < 5, weights, 0))
 
 
-@needs_kernels
 @pytest.mark.parametrize("axis", (1, 2))
-def test_kernels_multiply_each_group_by_its_own_matrix(rng, kernels, axis):
+def test_kernels_multiply_each_group_by_its_own_matrix(rng, hopper_kernels, axis):
     sizes = np.array([130, 0, 60, 256])
     group = rng.permutation(np.repeat(np.arange(5), [*sizes, 20]))
     x = rng.normal(size=(len(group), 64)).astype(np.float32)
@@ -78,9 +62,8 @@ def test_kernels_multiply_each_group_by_its_own_matrix(rng, kernels, axis):
     np.testing.assert_allclose(np.float64(dw), wanted, atol=0.1, rtol=5e-3)
 
 
-@needs_kernels
 @pytest.mark.parametrize("joined", (False, True))
-def test_a_mixture_is_the_same_by_kernels(rng, kernels, monkeypatch, joined):
+def test_a_mixture_is_the_same_by_kernels(rng, hopper_kernels, monkeypatch, joined):
     experts = Experts(count=4, per_token=2, width=64, scores="softmax", joined=joined)
     shapes = {"router": (4, 64)}
     if joined:
@@ -95,7 +78,7 @@ def test_a_mixture_is_the_same_by_kernels(rng, kernels, monkeypatch, joined):
         return jnp.sum(moe.mixture(w, x, experts, jax.nn.silu).astype(jnp.float32) ** 2)
 
     found = jax.value_and_grad(loss, (0, 1))(w, x)
-    monkeypatch.setattr(grouped, "on_hopper", lambda: False)
+    monkeypatch.setattr(mesh, "is_hopper", lambda: False)
     wanted = jax.value_and_grad(loss, (0, 1))(w, x)
     for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
         scale = float(jnp.max(jnp.abs(b)))

@@ -176,8 +176,20 @@ def one_pass(z_q: jax.Array, z_p: jax.Array, targets: jax.Array) -> tuple[Compar
     not known yet. Where it is n nats above, float32 gives an entropy to some n * 1e-6; where it is
     more than NEAR for any token, all is done again, `online`.
     """
-    refs = tuple(jnp.max(z[..., :SAMPLE], -1) for z in (z_q, z_p))
-    x_q, x_p = (z - ref[..., None] for z, ref in zip((z_q, z_p), refs, strict=True))
+    ref_q, ref_p = (jnp.max(z[..., :SAMPLE], -1) for z in (z_q, z_p))
+    by_kernel = mesh.is_hopper() and z_q.ndim == 3 and z_q.shape[-1] % 128 == 0
+    sums_below = _below_by_kernel if by_kernel else _below
+    top_q, top_p, at_top, at_target, *sums = sums_below(z_q, z_p, ref_q, ref_p, targets)
+    far = jnp.any((top_q > NEAR) | (top_p > NEAR))
+    near = _compared((ref_q, ref_p), at_top >= top_q, at_target, sums)
+    return jax.lax.cond(far, lambda: online(z_q, z_p, targets), lambda: near)
+
+
+def _below(
+    z_q: jax.Array, z_p: jax.Array, ref_q: jax.Array, ref_p: jax.Array, targets: jax.Array
+) -> Sequence[jax.Array]:
+    """What `_reduce` gives of logits less the references, with the four sums of `_compared`."""
+    x_q, x_p = z_q - ref_q[..., None], z_p - ref_p[..., None]
     e_p = jnp.exp(x_p)
     terms = (jnp.exp(x_q), e_p, e_p * (x_p - x_q), e_p * x_p)
 
@@ -185,10 +197,20 @@ def one_pass(z_q: jax.Array, z_p: jax.Array, targets: jax.Array) -> tuple[Compar
         sums = (x + y for x, y in zip(a[3:], b[3:], strict=True))
         return (*_greatest(a, b), *sums)
 
-    top_q, top_p, at_top, at_target, *sums = _reduce(merge, x_q, x_p, targets, terms)
-    far = jnp.any((top_q > NEAR) | (top_p > NEAR))
-    near = _compared(refs, at_top >= top_q, at_target, sums)
-    return jax.lax.cond(far, lambda: online(z_q, z_p, targets), lambda: near)
+    return _reduce(merge, x_q, x_p, targets, terms)
+
+
+def _below_by_kernel(*arrays: jax.Array) -> Sequence[jax.Array]:
+    """The same of arrays [B, T, ...] by a kernel."""
+    from e3jax.distill import hopper
+
+    def sums(*arrays: jax.Array) -> jax.Array:
+        z_q, z_p, ref_q, ref_p, targets = (x.reshape(-1, *x.shape[2:]) for x in arrays)
+        found = hopper.row_sums(z_q, z_p, ref_q, ref_p, targets)
+        return found.reshape(*arrays[-1].shape, -1)
+
+    found = mesh.on_own_rows(sums, *arrays)
+    return [found[..., i] for i in range(found.shape[-1])]
 
 
 def online(z_q: jax.Array, z_p: jax.Array, targets: jax.Array) -> tuple[Compared, Any]:

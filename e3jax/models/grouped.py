@@ -62,18 +62,13 @@ class Groups(NamedTuple):
 
 def block_of(matrices: Params, dtype: Any) -> int:
     """Places of a block, for products of these matrices: 1 where `ragged_dot` is to multiply."""
-    if dtype not in (jnp.bfloat16, jnp.float16) or not on_hopper():
+    if dtype not in (jnp.bfloat16, jnp.float16) or not mesh.is_hopper():
         return 1
     from e3jax.models import hopper
 
     shapes = [x.shape for x in matrices.values() if x.ndim > 2]  # the others are biases
     widths = [width for _, first, *rest in shapes for width in (first, math.prod(rest))]
     return hopper.BLOCK if all(width % hopper.DEPTH == 0 for width in widths) else 1
-
-
-def on_hopper() -> bool:
-    gpu = mesh.platform() == "gpu" and not mesh.is_stood_for()
-    return gpu and jax.devices()[0].compute_capability == "9.0"
 
 
 def lay(group_a: jax.Array, count: int, block: int) -> Groups:
