@@ -364,6 +364,10 @@ class Run:
     keep_checkpoints: int = Field(
         default=2, ge=1, description="latest ones that stay, and the best"
     )
+    wandb: str | None = Field(
+        default=None,
+        description="Weights & Biases project that gets the scalars too (pip install wandb)",
+    )
     model: Model = Field(default=Model(), description="the model")
     mesh: Mesh = Field(default=Mesh(), description="devices")
     data: Data = Field(default=Data(), description="data")

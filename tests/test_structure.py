@@ -23,7 +23,7 @@ ORDER = (
     {"errors"},
     {"files", "mesh", "progress"},
     {"config", "processes"},
-    {"configure"},
+    {"configure", "ledger"},
     {"notice"},
     {"demo", "models"},
     {"hf", "data"},

@@ -104,7 +104,7 @@ def make_search_step(
 ) -> Callable[[SearchState, Params, Batch], tuple[SearchState, dict[str, jax.Array]]]:
     """A jitted (state, params, batch) -> (state, metrics) of one search step.
 
-    Metrics are float32 scalars: loss (nats a token of the masked models), removed (layers), tau,
+    Metrics are float32 scalars: loss (nats a token of the masked models), kept (layers), tau,
     grad_norm, tokens (processed by masked models), skipped (1: not finite, nothing moved).
     """
     keep = resolve_keep(spec.keep, cfg.num_layers)
@@ -185,7 +185,7 @@ def make_search_step(
         tokens = masks * jnp.sum(batch.segments > 0).astype(jnp.float32)
         metrics = {
             "loss": jnp.sum(sums.loss) / weight,
-            "removed": (cfg.num_layers - k).astype(jnp.float32),
+            "kept": k.astype(jnp.float32),
             "tau": tau,
             "grad_norm": norm,
             "tokens": tokens,
