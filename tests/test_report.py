@@ -117,9 +117,9 @@ def test_page_needs_nothing_else(tmp_path):
     assert not {"link", "img", "iframe", "object"} & {tag for tag, _ in found.elements}
     addresses = [a[key] for _, a in found.elements for key in ("src", "href") if key in a]
     assert all(address.startswith("#") for address in addresses)
-    style = re.sub(r"/\*.*?\*/", "", (page.HERE / "report.css").read_text())
+    style = re.sub(r"/\*.*?\*/", "", page.STYLE)
     assert "url(" not in style and "@import" not in style
-    script = (page.HERE / "report.js").read_text().replace("http://www.w3.org/2000/svg", "")
+    script = page.SCRIPT.replace("http://www.w3.org/2000/svg", "")
     assert not re.search(r"https?:|fetch|XMLHttp|eval|innerHTML", script)
 
 

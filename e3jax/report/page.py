@@ -26,6 +26,11 @@ from e3jax.report import facts, records
 from e3jax.report.facts import Facts
 
 HERE = pathlib.Path(__file__).parent
+# Read now: when a run ends, days later, the files may be another version's than this code.
+TEMPLATE, STYLE, SCRIPT = (
+    (HERE / name).read_text(encoding="utf-8")
+    for name in ("report.html.jinja", "report.css", "report.js")
+)
 REPORT = "report.html"
 POINTS, COLUMNS = 400, 120  # of a curve, of a heat map: more would be larger and look the same
 
@@ -54,9 +59,7 @@ def render(outs: Sequence[pathlib.Path]) -> str:
 
     sections = [{"facts": run, "charts": _charts(run, chart)} for run in runs]
     together = _together(runs, chart) if len(runs) > 1 else None
-    script = (HERE / "report.js").read_text(encoding="utf-8")
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -66,14 +69,14 @@ def render(outs: Sequence[pathlib.Path]) -> str:
         "percent": percent, "memory": memory, "seconds": seconds, "count": count, "yaml": as_yaml,
     }  # fmt: skip
     environment.globals |= {"summary": summary, "commands": commands, "removed": removed}
-    return environment.get_template("report.html.jinja").render(
+    return environment.from_string(TEMPLATE).render(
         title=" beside ".join(run.name for run in runs),
         sections=sections,
         together=together,
         charts=charts,
-        style=markupsafe.Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        script=markupsafe.Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        style=markupsafe.Markup(STYLE),
+        script=markupsafe.Markup(SCRIPT),
+        script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
         version=__version__,
     )
 

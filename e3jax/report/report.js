@@ -4,7 +4,7 @@
 const CHARTS = JSON.parse(document.getElementById("data").textContent);
 const SVG = "http://www.w3.org/2000/svg";
 const LEFT = 52, RIGHT = 10, TOP = 22, BOTTOM = 38; // pixels around the field of a figure
-const TALL = 260;
+const TALL = 260, MAP = 8; // of a figure; above a heat map
 
 function node(name, attributes = {}, ...children) {
   const made = document.createElement(name);
@@ -194,7 +194,7 @@ function heat(place, chart) {
   const slider = node("label", { class: "slider" }, said, input);
   place.append(node("h4", {}, chart.title), map, slider, profile);
   const row = Math.max(5, Math.min(16, 360 / layers));
-  const tall = layers * row + BOTTOM + 4;
+  const tall = MAP + layers * row + BOTTOM + 4;
   let width = 0, cursor = null, edges = [], x = null;
 
   function show() {
@@ -227,22 +227,21 @@ function heat(place, chart) {
     x = linear(edges[0], edges.at(-1), LEFT, right);
     const svg = canvas(width, tall, `${chart.title} over ${steps.length} moments of the search; kept at the end: ${keep.join(", ")}`);
     rows.forEach((probability, i) => probability.forEach((p, layer) => {
-      const cell = shape("rect", { x: x(edges[i]), y: layer * row, width: x(edges[i + 1]) - x(edges[i]) + 0.3, height: row - 0.5, class: "kept-bar", "fill-opacity": p });
-      svg.append(cell);
+      svg.append(shape("rect", { x: x(edges[i]), y: MAP + layer * row, width: x(edges[i + 1]) - x(edges[i]) + 0.3, height: row - 0.5, class: "kept-bar", "fill-opacity": p }));
     }));
     for (let layer = 0; layer < layers; layer += 1) {
       const kept = keep.includes(layer);
-      svg.append(shape("rect", { class: kept ? "kept-bar" : "gone-bar", x: right + 12, y: layer * row + 1, width: 20, height: row - 2.5 }));
+      svg.append(shape("rect", { class: kept ? "kept-bar" : "gone-bar", x: right + 12, y: MAP + layer * row + 1, width: 20, height: row - 2.5 }));
     }
     for (const tick of evenTicks(0, layers - 1, (layers * row) / 24)) {
-      svg.append(shape("text", { x: LEFT - 6, y: (tick + 0.5) * row + 4, "text-anchor": "end" }, String(tick)));
+      svg.append(shape("text", { x: LEFT - 6, y: MAP + (tick + 0.5) * row + 4, "text-anchor": "end" }, String(tick)));
     }
     for (const tick of evenTicks(edges[0], edges.at(-1), width / 80)) {
-      svg.append(shape("text", { x: x(tick), y: layers * row + 16, "text-anchor": "middle" }, String(tick)));
+      svg.append(shape("text", { x: x(tick), y: MAP + layers * row + 16, "text-anchor": "middle" }, String(tick)));
     }
     svg.append(shape("text", { x: (LEFT + right) / 2, y: tall - 4, "text-anchor": "middle" }, "search step"));
-    svg.append(shape("text", { x: 0, y: 11 }, "layer"));
-    cursor = shape("rect", { class: "cursor", y: 0, height: layers * row });
+    svg.append(shape("text", { x: 0, y: layers * row + MAP + 16 }, "layer ↑"));
+    cursor = shape("rect", { class: "cursor", y: MAP, height: layers * row });
     svg.append(cursor);
     map.replaceChildren(svg);
     show();
