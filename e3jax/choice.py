@@ -44,7 +44,12 @@ def search_mask(job_: Job) -> Mask:
     fixed = {"keep": keep, "protect_l": protect, "force_l": force}
     decides = dataclasses.asdict(spec)
     trials = {key: decides.pop(key) for key in ("candidates", "candidate_steps")}
-    for key in ("checkpoint_every", "microbatch", *(() if spec.swaps else ("swap_windows",))):
+    for key in (
+        "target",
+        "checkpoint_every",
+        "microbatch",
+        *(() if spec.swaps else ("swap_windows",)),
+    ):
         del decides[key]
     inputs = job_.inputs(
         search=decides, train=job_.train.fingerprint, held_out=job_.held_out.fingerprint

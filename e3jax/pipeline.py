@@ -27,6 +27,7 @@ from e3jax import (
     processes,
     recovery,
     rehearsal,
+    target,
     teaching,
 )
 from e3jax.data import text
@@ -71,7 +72,7 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
             job.check_batches(run, command)  # now, not after the search
             if command != "search":
                 teaching.check_free(run, out)
-        path = hub.resolve_config(run.model.path, run.model.revision)
+        path, run = _targeted(run)
         planned = _budget(run, command, path)
         job_ = job.open_job(run)
         log.info("%s", _describe_model(job_))
@@ -109,13 +110,20 @@ def _plan_text(command: str, run: config.Run) -> str:
             f"train: {cfg.num_layers} layers, {decoder.count_params(cfg):,} parameters, "
             f"<= {_train_tokens(run):,} tokens"
         )
-    path = hub.resolve_config(run.model.path, run.model.revision)
+    path, run = _targeted(run)
     planned, family = _budget(run, command, path), families.read_config(path).family
     text = f"{run.model.path} ({family}) -> {run.out}\n{budget.describe(planned)}"
     if command != "compare":
         return text
     choices = len(run.compare.selectors) * len(run.compare.seeds)
     return f"{text}\n  compare          {choices} choices, each at most that much"
+
+
+def _targeted(run: config.Run) -> tuple[pathlib.Path, config.Run]:
+    """The model's config.json, and the run with search.keep for search.target."""
+    path = hub.resolve_config(run.model.path, run.model.revision)
+    dtype = functools.partial(folders.planned_dtype, path)
+    return path, target.resolve(run, families.read_config(path), dtype)
 
 
 def _budget(run: config.Run, command: str, path: pathlib.Path) -> budget.Budget:
@@ -149,7 +157,7 @@ def plan(run: config.Run, topology: Topology, *, search_mesh: bool = False) -> b
 
     The files are plan-TOPOLOGY.json and .txt in the run folder. Raises UserError.
     """
-    path = hub.resolve_config(run.model.path, run.model.revision)
+    path, run = _targeted(run)
     cfg, dtype = families.read_config(path), folders.planned_dtype(path)
     job.check_window(run, cfg)
     with job.claim_folder(run) as out:

@@ -30,7 +30,7 @@ ORDER = (
     {"training"},
     {"distill"},
     {"search", "selectors"},
-    {"job", "mask"},
+    {"job", "mask", "target"},
     {"evaluate", "planning", "teaching"},
     {"recovery"},
     {"choice"},

@@ -39,8 +39,9 @@ class SearchState:
     tokens: jax.Array  # float32, processed by masked models so far
 
 
-def resolve_keep(keep: int | float, num_layers: int) -> int:
+def resolve_keep(keep: int | float | None, num_layers: int) -> int:
     """A count, or a share below 1, -> layers kept. Raises UserError unless 1 <= K < L."""
+    keep = config.KEEP if keep is None else keep
     count = round(keep * num_layers) if keep < 1 else keep
     if int(count) != count or not 1 <= count < num_layers:
         raise UserError(
