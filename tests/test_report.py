@@ -160,6 +160,10 @@ def test_turned_answers_come_first(tmp_path):
 def test_what_is_not_on_record_is_said_to_be_so(tmp_path):
     out = tmp_path / "run"
     whole = page.render([make_run(out)])
+    (out / "search" / "mask.json").unlink()  # the search goes on
+    text = page.render([out])
+    assert not Page(text).wrong and text.count("<figure>") == whole.count("<figure>")
+    assert '"keep": null' in text and "stripe" not in text and "outlined" not in text
     for name in ("evaluate", "search"):
         shutil.rmtree(out / name)
     (out / "ledger.jsonl").unlink()

@@ -86,9 +86,10 @@ def render(outs: Sequence[pathlib.Path]) -> str:
 
 def _charts(run: Facts, chart: Any) -> dict[str, int]:
     """The figures of a run by name; those that are not on record are left out."""
-    found, mask, out = {}, run.kept, run.out
+    found, out = {}, run.out
+    keep = run.kept and run.kept.keep  # None while the search goes on
     heat, importance = records.heat(out), records.importance(out)
-    if mask is not None and heat is not None:
+    if heat is not None:
         chosen = _spread(len(heat.steps), COLUMNS)
         found["heat"] = chart(
             kind="heat",
@@ -96,15 +97,15 @@ def _charts(run: Facts, chart: Any) -> dict[str, int]:
             steps=[heat.steps[i] for i in chosen],
             rows=[[round(p, 3) for p in heat.probability[i]] for i in chosen],
             kl=[_finite(heat.held_out_kl[i]) for i in chosen],
-            keep=mask.keep,
+            keep=keep,
         )
-    if mask is not None and importance is not None:
+    if importance is not None:
         found["importance"] = chart(
             kind="bars",
             title="Importance of each layer",
             ylabel="KL without it (nats/token)",
             values=[_finite(x) for x in importance],
-            keep=mask.keep,
+            keep=keep,
         )
     for name in ("search", "recovery", "behaviour", "removal"):
         if (curves := getattr(records, name)(out)) is not None:

@@ -152,16 +152,22 @@ function curves(place, chart) {
 
 // ---------------------------------------------------------------- layers
 
+// keep: null while nothing has been decided.
+function isKept(keep, layer) {
+  return keep === null || keep.includes(layer);
+}
+
 function layerBars(svg, values, keep, y, bottom, width) {
   const wide = (width - RIGHT - LEFT) / values.length;
   values.forEach((value, layer) => {
     const top = Math.min(y(value), bottom - 1);
-    const kept = keep.includes(layer);
+    const kept = isKept(keep, layer);
     const bar = shape("rect", {
       class: kept ? "kept-bar" : "gone-bar", x: LEFT + (layer + 0.15) * wide, y: top,
       width: wide * 0.7, height: bottom - top,
     });
-    bar.append(shape("title", {}, `layer ${layer}, ${kept ? "kept" : "removed"}: ${number(value)}`));
+    const fate = keep === null ? "" : kept ? ", kept" : ", removed";
+    bar.append(shape("title", {}, `layer ${layer}${fate}: ${number(value)}`));
     svg.append(bar);
   });
 }
@@ -225,13 +231,12 @@ function heat(place, chart) {
     // A column reaches halfway to its neighbours.
     edges = [steps[0], ...steps.slice(1).map((step, i) => (step + steps[i]) / 2), Math.max(steps[last], steps[0] + 1)];
     x = linear(edges[0], edges.at(-1), LEFT, right);
-    const svg = canvas(width, tall, `${chart.title} over ${steps.length} moments of the search; kept at the end: ${keep.join(", ")}`);
+    const svg = canvas(width, tall, `${chart.title} over ${steps.length} moments of the search${keep === null ? "" : `; kept at the end: ${keep.join(", ")}`}`);
     rows.forEach((probability, i) => probability.forEach((p, layer) => {
       svg.append(shape("rect", { x: x(edges[i]), y: MAP + layer * row, width: x(edges[i + 1]) - x(edges[i]) + 0.3, height: row - 0.5, class: "kept-bar", "fill-opacity": p }));
     }));
-    for (let layer = 0; layer < layers; layer += 1) {
-      const kept = keep.includes(layer);
-      svg.append(shape("rect", { class: kept ? "kept-bar" : "gone-bar", x: right + 12, y: MAP + layer * row + 1, width: 20, height: row - 2.5 }));
+    for (let layer = 0; keep !== null && layer < layers; layer += 1) {
+      svg.append(shape("rect", { class: isKept(keep, layer) ? "kept-bar" : "gone-bar", x: right + 12, y: MAP + layer * row + 1, width: 20, height: row - 2.5 }));
     }
     for (const tick of evenTicks(0, layers - 1, (layers * row) / 24)) {
       svg.append(shape("text", { x: LEFT - 6, y: MAP + (tick + 0.5) * row + 4, "text-anchor": "end" }, String(tick)));
