@@ -59,11 +59,8 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
         job.open_mesh(run.mesh),
         job.claim_folder(run) as out,
         log_file(out, f"{command}: {versions}"),
-        contextlib.ExitStack() as stack,
     ):
         job.keep_compiled(out)
-        if run.wandb is not None and processes.is_first():
-            stack.enter_context(_wandb(run, run.wandb, out))
         if command == "train":
             train(run, out)
             return
@@ -87,19 +84,23 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
                 layers=job_.cfg.num_layers,
                 play=functools.partial(rehearsal.play, job_, command),
             )
-        COMMANDS[command](job_)
+        with _boards(run, out):
+            COMMANDS[command](job_)
         if command != "compare" and processes.is_first():
             pictures.draw(out)
             page.write([out], out / page.REPORT)
             print(f"report: {out}/{page.REPORT}")
 
 
-def _wandb(run: config.Run, project: str, out: pathlib.Path) -> AbstractContextManager[None]:
-    """A run folder is one run there, restarts included."""
+def _boards(run: config.Run, out: pathlib.Path) -> AbstractContextManager[None]:
+    """Weights & Biases where it was asked for: a run folder is one run there, restarts included."""
+    if run.wandb is None or not processes.is_first():
+        return contextlib.nullcontext()
     path = out / "wandb.json"
     if not path.exists():
         files.write_json(path, secrets.token_hex(8))
-    return metrics.weights_and_biases(project, files.read_json(path), out, configure.as_dict(run))
+    place = files.read_json(path)
+    return metrics.weights_and_biases(run.wandb, place, out, configure.as_dict(run))
 
 
 def _plan_text(command: str, run: config.Run) -> str:
@@ -384,7 +385,7 @@ def train(run: config.Run, out: pathlib.Path) -> None:
 
     play = functools.partial(work, cfg.take_layers(rehearsal.TWO))
     rehearsal.before(run, out, tokens=_train_tokens(run), layers=cfg.num_layers, play=play)
-    with ledger.stage(out, "train"):
+    with _boards(run, out), ledger.stage(out, "train"):
         work(cfg, run, out)
     if processes.is_first():
         pictures.draw(out)

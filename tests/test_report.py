@@ -163,7 +163,7 @@ def test_what_is_not_on_record_is_said_to_be_so(tmp_path):
     (out / "search" / "mask.json").unlink()  # the search goes on
     text = page.render([out])
     assert not Page(text).wrong and text.count("<figure>") == whole.count("<figure>")
-    assert '"keep": null' in text and "stripe" not in text and "outlined" not in text
+    assert '"keep": null' in text and "final answer" not in text and "outlined" not in text
     for name in ("evaluate", "search"):
         shutil.rmtree(out / name)
     (out / "ledger.jsonl").unlink()
@@ -229,6 +229,10 @@ def test_command_is_told_what_is_wrong(tmp_path, monkeypatch, capsys):
     (out / "evaluate" / "results.json").write_text("[")
     assert f"{out}: a record there is damaged" in refused(out)
     shutil.rmtree(out / "evaluate")
+    (out / "search" / "metrics.jsonl").write_text('{"keep_probability": [1]}')
+    assert f"{out}: a record there is damaged" in refused(out)
+    shutil.rmtree(out / "search")
+    (out / "run.json").write_text("{}")
     assert cli.main(["report", str(out), str(out), "out=p.html"]) == 0
     assert "<title>" in (tmp_path / "p.html").read_text()
 

@@ -4,10 +4,11 @@ What is not on record is None, or missing from a list; nothing is made up for it
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from e3jax import files
@@ -96,11 +97,23 @@ class Facts:
         return found if found and found.row.model.endswith(kind) else None
 
 
+@contextlib.contextmanager
+def understood(out: pathlib.Path) -> Iterator[None]:
+    """Raises UserError for records of the run folder `out` that are not what they should be."""
+    try:
+        yield
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{out}: a record there is damaged or of another version of e3jax "
+            f"({type(error).__name__}: {error}); give the run's command again"
+        ) from error
+
+
 def read(out: pathlib.Path) -> Facts:
     """All that the run folder `out` tells. Raises UserError where it is none, or is damaged."""
     if not (out / "run.json").is_file():
         raise UserError(f"{out}: not a run of e3jax: there is no run.json; expected a run's folder")
-    try:
+    with understood(out):
         mask = records.kept(out)
         figures = [_figure(out, row) for row in rows.read(out / "evaluate")]
         given = {f.row.model: _answers(out, f.row) for f in figures}
@@ -118,11 +131,6 @@ def read(out: pathlib.Path) -> Facts:
             dense=_dense(out, mask),
             exports=[e for name in ("export", "export-raw") if (e := _export(out / name))],
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{out}: a record there is damaged or of another version of e3jax "
-            f"({type(error).__name__}: {error}); give the run's command again"
-        ) from error
 
 
 def _figure(out: pathlib.Path, row: Row) -> Figure:

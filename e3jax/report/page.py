@@ -88,7 +88,10 @@ def _charts(run: Facts, chart: Any) -> dict[str, int]:
     """The figures of a run by name; those that are not on record are left out."""
     found, out = {}, run.out
     keep = run.kept and run.kept.keep  # None while the search goes on
-    heat, importance = records.heat(out), records.importance(out)
+    with facts.understood(out):
+        heat, importance = records.heat(out), records.importance(out)
+        names = ("search", "recovery", "behaviour", "removal")
+        drawn = {name: getattr(records, name)(out) for name in names}
     if heat is not None:
         chosen = _spread(len(heat.steps), COLUMNS)
         found["heat"] = chart(
@@ -107,8 +110,8 @@ def _charts(run: Facts, chart: Any) -> dict[str, int]:
             values=[_finite(x) for x in importance],
             keep=keep,
         )
-    for name in ("search", "recovery", "behaviour", "removal"):
-        if (curves := getattr(records, name)(out)) is not None:
+    for name, curves in drawn.items():
+        if curves is not None:
             found[name] = chart(**_curves(curves))
     return found
 
