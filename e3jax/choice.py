@@ -22,6 +22,7 @@ from e3jax.evaluate.figures import make_figures
 from e3jax.job import Job
 from e3jax.mask import Mask, read_mask
 from e3jax.models.config import ModelConfig
+from e3jax.progress import strip
 from e3jax.search import exchange, gumbel, search
 from e3jax.search.exchange import Measured
 from e3jax.selectors import registry, removal, similarity
@@ -43,7 +44,12 @@ def search_mask(job_: Job) -> Mask:
     fixed = {"keep": keep, "protect_l": protect, "force_l": force}
     decides = dataclasses.asdict(spec)
     trials = {key: decides.pop(key) for key in ("candidates", "candidate_steps")}
-    for key in ("checkpoint_every", "microbatch", *(() if spec.swaps else ("swap_windows",))):
+    for key in (
+        "target",
+        "checkpoint_every",
+        "microbatch",
+        *(() if spec.swaps else ("swap_windows",)),
+    ):
         del decides[key]
     inputs = job_.inputs(
         search=decides, train=job_.train.fingerprint, held_out=job_.held_out.fingerprint
@@ -83,11 +89,14 @@ def search_mask(job_: Job) -> Mask:
         probability = gumbel.keep_probability(
             jax.random.key(0), theta, keep, protect, force, samples=2000
         )
+        for line in strip(probability.tolist()):
+            log.info("search %d: layers %s", number, line)
         values = {
             "held_out_kl": kl,
             "best_kl": float(state.best_kl),
+            "mask_entropy": gumbel.mask_entropy(probability),
             "theta": theta.tolist(),
-            "keep_probability": np.asarray(probability).tolist(),
+            "keep_probability": probability.tolist(),
         }
         return state, values
 

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import logging
 import os
+import pathlib
 import signal
 import sys
 import textwrap
@@ -23,7 +24,7 @@ COMMANDS = {
         """Runs every stage in order into the folder `out`. A stage whose finished output is there
         with the same inputs is skipped; a stage that was killed goes on from its last checkpoint.
         So the same command finishes whatever is unfinished.""",
-        ("out", "seed", "deterministic", "keep_checkpoints", "model", "mesh", "data"),
+        ("out", "seed", "deterministic", "keep_checkpoints", "wandb", "model", "mesh", "data"),
     ),
     "search": (
         "stage 1: which layers to keep (writes search/mask.json)",
@@ -156,6 +157,16 @@ def make_parser() -> argparse.ArgumentParser:
     line = "how a checkpoint or a config.json is understood, and what a 25 % cut of it saves"
     sub = commands.add_parser("inspect", help=line.replace("%", "%%"), description=line)
     sub.add_argument("path", help="a folder, a config.json, `demo` or a hub id")
+    line = "one self-contained HTML page about a run, or several side by side"
+    sub = commands.add_parser("report", help=line, description=line)
+    sub.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folders; differences: from the 1st"
+    )
+    sub.add_argument(
+        "--out",
+        metavar="FILE",
+        help="also out=FILE; else report.html in the run folder, or here where there are several",
+    )
     return parser
 
 
@@ -170,6 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("e3jax").setLevel(logging.INFO)
     if options.command == "inspect":
         return _inspect(options.path)
+    if options.command == "report":
+        return _report(options.runs, options.out)
     several, code = _several(options), 0
     with contextlib.ExitStack() as stack:
         try:
@@ -237,6 +250,27 @@ def _inspect(path: str) -> int:
     return 0 if supported else 1
 
 
+def _report(runs: Sequence[str], out: str | None) -> int:
+    from e3jax.report import page  # which does without jax
+
+    given = [run.removeprefix("out=") for run in runs if run.startswith("out=")]
+    folders = [pathlib.Path(run).expanduser() for run in runs if not run.startswith("out=")]
+    try:
+        if len(given) + (out is not None) > 1:
+            raise UserError(f"out={given[-1]}: the page's place is given twice; expected it once")
+        if not folders:
+            raise UserError("report: no run was named; expected one or more run folders")
+        beside = folders[0] if len(folders) == 1 else pathlib.Path()
+        place = pathlib.Path(out or "".join(given) or beside).expanduser()
+        place = place / page.REPORT if place.is_dir() else place
+        page.write(folders, place)
+        print(f"report: {place}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     """SIGTERM ends what is open in an orderly way; notice.py, which does more, needs jax."""
@@ -284,7 +318,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses options and overrides in any order."""
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments, argparse.Namespace(from_mask=None))
-    if options.command == "inspect":
+    if options.command in ("inspect", "report"):
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return options

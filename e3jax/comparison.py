@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from e3jax import choice, files, job, processes, recovery
-from e3jax.evaluate import table
+from e3jax.evaluate import intervals, table
 from e3jax.job import Job
 from e3jax.planning.budget import make_budget
 from e3jax.search.search import resolve_keep
@@ -117,19 +117,6 @@ def _tell(result: Result) -> None:
 # ---------------------------------------------------------------- the table
 
 
-def apart(ours: Any, theirs: Any) -> tuple[float, float]:
-    """Difference of KL, theirs - ours, nats a token, and its standard error over windows.
-
-    ours, theirs: [seeds, windows, 2], KL and tokens of the same windows (sums). A window's KL is
-    averaged over seeds first, so that seeds do not count as windows.
-    """
-    (kl_a, tokens), (kl_b, _) = (np.mean(x, axis=0).T for x in (ours, theirs))
-    mean = (kl_b - kl_a).sum() / tokens.sum()
-    rest = kl_b - kl_a - mean * tokens
-    variance = len(rest) / max(len(rest) - 1, 1) * np.sum(rest**2)
-    return float(mean), float(np.sqrt(variance) / tokens.sum())
-
-
 def summary(results: Sequence[Result]) -> str:
     """Two tables, of what the choices leave and of what recovery makes of it: means over seeds,
     their spread, and the difference of KL from the first selector's in the same windows."""
@@ -154,8 +141,8 @@ def _rows(
         line = {"selector": name, "KL": f"{np.mean(kl):.4f}", "spread": f"{np.ptp(kl):.4f}"}
         line["from first"] = "-"
         if name != names[0]:
-            mean, error = apart(first, windows)
-            line["from first"] = f"{mean:+.4f} ± {error:.4f}"
+            mean, error = intervals.apart(first, windows)
+            line["from first"] = f"{mean:+.4f}" + ("" if error is None else f" ± {error:.4f}")
         line["exact"] = f"{100 * np.mean(exact):.1f} %" if exact else "-"
         if costs:
             line["M tokens"] = f"{np.mean([r.tokens for r in found]) / 1e6:.2f}"

@@ -115,11 +115,22 @@ class Optimizer:
     clip: float = Field(default=1.0, gt=0, description="global gradient norm")
 
 
+KEEP = 0.75  # of the layers, where nothing says how many
+
+
+@strict
+class Target:
+    params: str | float | None = Field(default=None, description="parameters at most: 6B, 800M")
+    memory: str | float | None = Field(default=None, description="weights at most: 24GiB, 13GB")
+    speedup: Positive | None = Field(default=None, description="ideal speed-up at least: 1.33")
+
+
 @strict
 class Search:
-    keep: int | float = Field(
-        default=0.75, gt=0, description="layers kept: a count, or a share below 1"
+    keep: int | Positive | None = Field(
+        default=None, gt=0, description="layers kept: a count, or a share below 1; none = 0.75"
     )
+    target: Target = Field(default=Target(), description="")
     steps: int = Field(default=500, ge=1, description="search steps")
     batch: int = Field(default=16, ge=1, description="windows a step; each draws its own masks")
     masks_per_window: int = Field(
@@ -363,6 +374,10 @@ class Run:
     deterministic: bool = Field(default=False, description="bitwise repeatable on GPU, slower")
     keep_checkpoints: int = Field(
         default=2, ge=1, description="latest ones that stay, and the best"
+    )
+    wandb: str | None = Field(
+        default=None,
+        description="Weights & Biases project that gets the scalars too (pip install wandb)",
     )
     model: Model = Field(default=Model(), description="the model")
     mesh: Mesh = Field(default=Mesh(), description="devices")

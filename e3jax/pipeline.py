@@ -1,11 +1,14 @@
 """The commands: which stages run, in order, and what is printed at the end."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import pathlib
+import secrets
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -15,13 +18,16 @@ from e3jax import (
     choice,
     comparison,
     config,
+    configure,
     files,
     job,
+    ledger,
     mesh,
     outputs,
     processes,
     recovery,
     rehearsal,
+    target,
     teaching,
 )
 from e3jax.data import text
@@ -37,7 +43,8 @@ from e3jax.planning import budget, ranking
 from e3jax.planning import plan as planning
 from e3jax.planning.chips import Topology
 from e3jax.progress import log_file
-from e3jax.report import pictures
+from e3jax.report import page, pictures
+from e3jax.training import metrics
 
 log = logging.getLogger(__name__)
 
@@ -62,21 +69,38 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
             job.check_batches(run, command)  # now, not after the search
             if command != "search":
                 teaching.check_free(run, out)
-        path = hub.resolve_config(run.model.path, run.model.revision)
+        path, run = _targeted(run)
         planned = _budget(run, command, path)
         job_ = job.open_job(run)
         log.info("%s", _describe_model(job_))
         if command in ("run", "evaluate", "compare"):
             _ = job_.problems, job_.measured  # what is wrong with them is told before the training
         job.record(run, out)
-        rehearsal.before(
-            run,
-            out,
-            tokens=planned.tokens,
-            layers=job_.cfg.num_layers,
-            play=functools.partial(rehearsal.play, job_, command),
-        )
-        COMMANDS[command](job_)
+        with ledger.stage(out, "rehearsal"):
+            rehearsal.before(
+                run,
+                out,
+                tokens=planned.tokens,
+                layers=job_.cfg.num_layers,
+                play=functools.partial(rehearsal.play, job_, command),
+            )
+        with _boards(run, out):
+            COMMANDS[command](job_)
+        if command != "compare" and processes.is_first():
+            pictures.draw(out)
+            page.write([out], out / page.REPORT)
+            print(f"report: {out}/{page.REPORT}")
+
+
+def _boards(run: config.Run, out: pathlib.Path) -> AbstractContextManager[None]:
+    """Weights & Biases where it was asked for: a run folder is one run there, restarts included."""
+    if run.wandb is None or not processes.is_first():
+        return contextlib.nullcontext()
+    path = out / "wandb.json"
+    if not path.exists():
+        files.write_json(path, secrets.token_hex(8))
+    place = files.read_json(path)
+    return metrics.weights_and_biases(run.wandb, place, out, configure.as_dict(run))
 
 
 def _plan_text(command: str, run: config.Run) -> str:
@@ -87,13 +111,20 @@ def _plan_text(command: str, run: config.Run) -> str:
             f"train: {cfg.num_layers} layers, {decoder.count_params(cfg):,} parameters, "
             f"<= {_train_tokens(run):,} tokens"
         )
-    path = hub.resolve_config(run.model.path, run.model.revision)
+    path, run = _targeted(run)
     planned, family = _budget(run, command, path), families.read_config(path).family
     text = f"{run.model.path} ({family}) -> {run.out}\n{budget.describe(planned)}"
     if command != "compare":
         return text
     choices = len(run.compare.selectors) * len(run.compare.seeds)
     return f"{text}\n  compare          {choices} choices, each at most that much"
+
+
+def _targeted(run: config.Run) -> tuple[pathlib.Path, config.Run]:
+    """The model's config.json, and the run with search.keep for search.target."""
+    path = hub.resolve_config(run.model.path, run.model.revision)
+    dtype = functools.partial(folders.planned_dtype, path)
+    return path, target.resolve(run, families.read_config(path), dtype)
 
 
 def _budget(run: config.Run, command: str, path: pathlib.Path) -> budget.Budget:
@@ -127,7 +158,7 @@ def plan(run: config.Run, topology: Topology, *, search_mesh: bool = False) -> b
 
     The files are plan-TOPOLOGY.json and .txt in the run folder. Raises UserError.
     """
-    path = hub.resolve_config(run.model.path, run.model.revision)
+    path, run = _targeted(run)
     cfg, dtype = families.read_config(path), folders.planned_dtype(path)
     job.check_window(run, cfg)
     with job.claim_folder(run) as out:
@@ -161,25 +192,23 @@ def _describe_model(job_: Job) -> str:
 
 def search(job_: Job) -> None:
     """Stage 1 alone."""
-    mask = choice.search_mask(job_)
-    _draw(job_, mask)
+    with ledger.stage(job_.out, "search"):
+        mask = choice.search_mask(job_)
     print(f"kept {list(mask.keep)}  held-out KL {mask.kl:.4f}  {job_.out}/search/mask.json")
 
 
 def distill(job_: Job) -> None:
     """Stage 2 alone, of this run's mask or a given one."""
-    mask = _mask(job_)
-    recovery.recover(job_, mask, job_.out / "distill")
-    _draw(job_, mask)
+    _recover(job_, _mask(job_), "distill")
 
 
 def export(job_: Job) -> None:
     """The recovered model as a Hugging Face folder, and the raw one where asked for."""
     mask = _mask(job_)
-    student = recovery.recover(job_, mask, job_.out / "distill")
+    student = _recover(job_, mask, "distill")
     if job_.run.export.raw:
         _export_raw(job_, mask)
-    outputs.export(job_, mask, student, job_.out / "export", recovered=True)
+    _export(job_, mask, student, "export")
 
 
 def evaluate(job_: Job) -> None:
@@ -188,13 +217,12 @@ def evaluate(job_: Job) -> None:
 
 
 def run_all(job_: Job) -> None:
-    """search, distill, evaluate, export; then the pictures."""
+    """search, distill, evaluate, export."""
     mask = _mask(job_)
     student, rows = _evaluate(job_, mask)
     if job_.run.export.raw:
         _export_raw(job_, mask, rows)
-    outputs.export(job_, mask, student, job_.out / "export", recovered=True, rows=rows)
-    _draw(job_, mask)
+    _export(job_, mask, student, "export", rows)
     print(table.render(rows))
     print(f"\npruned and recovered: {job_.out}/export   pictures: {job_.out}/plots")
     if rows[0].problems:
@@ -222,25 +250,35 @@ COMMANDS: dict[str, Callable[[Job], None]] = {
 
 
 def _export_raw(job_: Job, mask: Mask, rows: Sequence[table.Row] = ()) -> None:
-    raw = recovery.survivors(job_, mask)
-    outputs.export(job_, mask, raw, job_.out / "export-raw", recovered=False, rows=rows)
+    _export(job_, mask, recovery.survivors(job_, mask), "export-raw", rows)
 
 
-def _draw(job_: Job, mask: Mask) -> None:
-    if processes.is_first():
-        pictures.draw_search(job_, mask)
-        pictures.draw_losses(job_)
+def _export(
+    job_: Job, mask: Mask, params: Params, name: str, rows: Sequence[table.Row] = ()
+) -> None:
+    with ledger.stage(job_.out, "export"):
+        recovered = name == "export"
+        outputs.export(job_, mask, params, job_.out / name, recovered=recovered, rows=rows)
+
+
+def _recover(job_: Job, mask: Mask, stage: str) -> Params:
+    with ledger.stage(job_.out, stage):
+        return recovery.recover(job_, mask, job_.out / stage)
 
 
 def _mask(job_: Job) -> Mask:
     """The mask file of the configuration, or this run's own search."""
     given = _given_mask(job_.run, job_.cfg.num_layers)
     if given is None:
-        return choice.search_mask(job_)
+        with ledger.stage(job_.out, "search"):
+            return choice.search_mask(job_)
     warn_of_other(given, job_.identity)
     # Figures are kept by the selector's name, and a baseline's is taken.
     taken = given.selector in job_.run.evaluate.baselines
-    return dataclasses.replace(given, selector="given") if taken else given
+    mask = dataclasses.replace(given, selector="given") if taken else given
+    if processes.is_first():
+        files.write_json(job_.out / "distill" / "mask.json", mask)  # the file may go
+    return mask
 
 
 def _given_mask(run: config.Run, num_layers: int) -> Mask | None:
@@ -256,40 +294,44 @@ def _evaluate(job_: Job, mask: Mask) -> tuple[Params, list[table.Row]]:
     What needs no training is measured first: a mistake in the evaluation is told before it. While a
     baseline is trained ours is on the disk alone.
     """
-    place = job_.out / "distill"
-    rows = [table.measure_dense(job_), _raw_row(job_, mask)]
-    student: Params | None = recovery.recover(job_, mask, place)
+    with ledger.stage(job_.out, "evaluate"):
+        dense = table.measure_dense(job_)
+    rows = [dense, _raw_row(job_, mask)]
+    student: Params | None = _recover(job_, mask, "distill")
     rows.append(_recovered_row(job_, student, mask, "distill"))
     for name in job_.run.evaluate.baselines:
         student = None
-        other = choice.selector_mask(job_, name, len(mask.keep))
+        with ledger.stage(job_.out, name):
+            other = choice.selector_mask(job_, name, len(mask.keep))
         rows.append(_raw_row(job_, other))
         try:
-            theirs = recovery.recover(job_, other, job_.out / name)
+            theirs = _recover(job_, other, name)
         except Diverged as error:  # no reason to leave ours without an export
             log.warning("%s: not recovered: %s", name, error)
             continue
         rows.append(_recovered_row(job_, theirs, other, name))
         del theirs
     if job_.run.evaluate.loss_curve:
-        table.removal_curve(job_, mask)
+        with ledger.stage(job_.out, "evaluate"):
+            table.removal_curve(job_, mask)
     table.write(job_.out / "evaluate", rows)
     if processes.is_first():
         table.write_behaviour(job_.out / "evaluate", rows)
-        pictures.draw_behaviour(job_.out, rows)
     if student is None:
-        student = recovery.recover(job_, mask, place)  # read back
+        student = _recover(job_, mask, "distill")  # read back
     return student, rows
 
 
 def _raw_row(job_: Job, mask: Mask) -> table.Row:
     name = f"{mask.selector} raw"
-    return table.measure(job_, name, mask, lambda: recovery.survivors(job_, mask))
+    with ledger.stage(job_.out, "evaluate"):
+        return table.measure(job_, name, mask, lambda: recovery.survivors(job_, mask))
 
 
 def _recovered_row(job_: Job, student: Params, mask: Mask, stage: str) -> table.Row:
     name = f"{mask.selector} recovered"
-    return table.measure_student(job_, name, lambda: student, mask, stage)
+    with ledger.stage(job_.out, "evaluate"):
+        return table.measure_student(job_, name, lambda: student, mask, stage)
 
 
 # ---------------------------------------------------------------- train
@@ -343,7 +385,8 @@ def train(run: config.Run, out: pathlib.Path) -> None:
 
     play = functools.partial(work, cfg.take_layers(rehearsal.TWO))
     rehearsal.before(run, out, tokens=_train_tokens(run), layers=cfg.num_layers, play=play)
-    work(cfg, run, out)
+    with _boards(run, out), ledger.stage(out, "train"):
+        work(cfg, run, out)
     if processes.is_first():
-        pictures.draw_training(out)
+        pictures.draw(out)
     print(f"trained: {out}/export   pictures: {out}/plots")

@@ -5,7 +5,7 @@ import logging
 import pathlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.progress import Progress as Bars
 T = TypeVar("T")
 
 TELL_EVERY_S = 10.0  # between plain lines
+LEVELS = "·▁▂▃▄▅▆▇█"  # of a strip, from 0 to 1
 LOG = "run.log"
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Progress:
         self._tokens += tokens
         now = time.monotonic()
         if self._tokens:
-            text = f"{self._tokens / max(now - self._begun, 1e-9):,.0f} tok/s  {text}".rstrip()
+            text = f"{self.rate:,.0f} tok/s  {text}".rstrip()
         if self._task is not None:
             assert _bars is not None
             _bars.update(self._task, completed=done, text=f"{self._count()}  {text}")
@@ -61,6 +62,11 @@ class Progress:
             left = (now - self._begun) / (done - self._start) * (self._total - done)
             parts.append(f"{_duration(left)} left")
         log.info("%s", "  ".join(filter(None, parts)), extra={"drawn": self._task is not None})
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second since it began."""
+        return self._tokens / max(time.monotonic() - self._begun, 1e-9)
 
     def _count(self) -> str:
         return f"{self._done}" if self._total is None else f"{self._done}/{self._total}"
@@ -81,6 +87,14 @@ def over(name: str, items: Iterable[T], total: int | None = None) -> Iterator[T]
         for done, item in enumerate(items, start=1):
             yield item
             shown.advance(done)
+
+
+def strip(values: Sequence[float]) -> list[str]:
+    """Numbers between 0 and 1 as columns of eight heights, ten and ten, fifty a line; each line
+    begins with the place of its first."""
+    marks = [LEVELS[round(min(max(x, 0.0), 1.0) * (len(LEVELS) - 1))] for x in values]
+    tens = ["".join(marks[i : i + 10]) for i in range(0, len(marks), 10)]
+    return [f"{10 * i:>3} {' '.join(tens[i : i + 5])}" for i in range(0, len(tens), 5)]
 
 
 def _open_bar(name: str, total: int | None, done: int, text: str) -> Any:

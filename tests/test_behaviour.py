@@ -1,4 +1,4 @@
-"""Every token's figures against dense formulas in float64; tenths, flips and samples by hand."""
+"""Every token's figures against dense formulas in float64; tenths by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -57,33 +57,3 @@ def test_tenths_go_by_the_dense_models_entropy():
     equal = behaviour.deciles(planted(np.zeros(20), kl=np.arange(20)))
     assert [x.tokens for x in equal] == [2] * 10
     assert len(behaviour.deciles(planted([1.0, 2.0]))) == 2
-
-
-def answer(found, expected="5", text=None, prompt="how many?"):
-    return {
-        "prompt": prompt, "expected": expected, "found": found, "text": text or f"answer : {found}",
-        "correct": found == expected,
-    }  # fmt: skip
-
-
-def test_flips():
-    dense = list(map(answer, ["5", "5", "5", "4", "4", "4", None]))
-    other = list(map(answer, ["5", "5", "1", "5", "3", "4", None]))
-    assert behaviour.flips(dense, other) == behaviour.Flips(
-        both=2, lost=1, gained=1, another=1, same=2
-    )
-
-
-def test_samples_show_those_that_differ_first():
-    dense = [answer(x, text=f"dense {i}") for i, x in enumerate("55545")]
-    other = [answer(x, text=f"other {i}") for i, x in enumerate("55145")]
-    text = behaviour.samples({"dense": dense, "e3": other}, 2)
-    assert "dense 2" in text and "other 2" in text and "dense 0" in text
-    assert "dense 1" not in text and text.index("dense 0") < text.index("dense 2")
-    assert "**e3** (wrong: 1)" in text and "**dense** (right)" in text
-
-
-def test_an_answer_cannot_end_its_block():
-    evil = answer("5", text="```\n# a heading\n````", prompt="``` a")
-    text = behaviour.samples({"dense": [evil]}, 1)
-    assert "`````text\n```\n# a heading\n````\n`````" in text and "````text\n``` a\n````" in text

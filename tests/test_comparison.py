@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from e3jax import cli, comparison, config, files, mask, recovery
+from e3jax import cli, config, files, mask, recovery
+from e3jax.evaluate import intervals
 from e3jax.hf.export import export_new
 from e3jax.models import decoder
 from e3jax.selectors import registry
@@ -39,19 +40,19 @@ def test_difference_and_its_error_by_hand():
     tokens = np.array([10.0, 30.0, 20.0])
     ours = np.stack([np.stack([kl, tokens], -1) for kl in ([1.0, 3.0, 2.0], [3.0, 3.0, 2.0])])
     theirs = np.stack([np.stack([kl, tokens], -1) for kl in ([2.0, 6.0, 1.0], [4.0, 6.0, 3.0])])
-    mean, error = comparison.apart(ours, theirs)
+    mean, error = intervals.apart(ours, theirs)
     apart = np.array([1.0, 3.0, 0.0])  # of each window, averaged over the two seeds
     assert mean == pytest.approx(4 / 60)
     rest = apart - mean * tokens
     assert error == pytest.approx(np.sqrt(3) * np.std(rest, ddof=1) / 60)
-    assert comparison.apart(ours, ours) == (0.0, 0.0)
+    assert intervals.apart(ours, ours) == (0.0, 0.0)
 
 
 def test_error_shrinks_as_that_of_a_mean():
     """With windows of one size it is the textbook's standard error of a mean."""
     kl = np.random.default_rng(0).normal(5, 1, (2, 1, 500))
     ours, theirs = (np.stack([x, np.ones_like(x)], -1) for x in kl)
-    mean, error = comparison.apart(ours, theirs)
+    mean, error = intervals.apart(ours, theirs)
     apart = (kl[1] - kl[0])[0]
     assert mean == pytest.approx(apart.mean())
     assert error == pytest.approx(apart.std(ddof=1) / np.sqrt(500))

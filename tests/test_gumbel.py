@@ -353,3 +353,10 @@ def test_noise_and_score_do_not_depend_on_the_mesh():
         found = jax.jit(step)(mesh.replicate(theta), mesh.shard_batch(advantage))
     np.testing.assert_array_equal(found[0], perturbed)
     np.testing.assert_allclose(found[1], grad, atol=1e-6)
+
+
+def test_mask_entropy_is_that_of_coins():
+    assert gumbel.mask_entropy(np.array([0.0, 1.0])) == pytest.approx(0, abs=1e-9)
+    quarter = 2 - 0.75 * np.log2(3)  # bits of a coin of 1 in 4
+    found = gumbel.mask_entropy(np.array([0.5, 0.25, 0.75, 1.0], np.float32))
+    assert found == pytest.approx((1 + 2 * quarter) / 4)

@@ -1,5 +1,7 @@
 """The command `run` from checkpoint to export, in this process, on a tiny random model."""
 
+import csv
+import hashlib
 import json
 import logging
 import pathlib
@@ -189,13 +191,32 @@ def test_removal_curve_begins_at_the_dense_model(place):
 
 
 def test_pictures(place):
-    names = {path.name for path in (place / "out" / "plots").iterdir()}
-    assert names == {
-        "kept-layers.png", "search.png", "importance.png", "removal.png", "distillation.png",
-        "behaviour.png",
-    }  # fmt: skip
+    folder = place / "out" / "plots"
+    names = {"kept-layers", "search", "importance", "removal", "distillation", "behaviour"}
+    assert {path.name for path in folder.iterdir()} == {
+        f"{name}.{kind}" for name in names for kind in ("png", "csv")
+    }
     for name in names:
-        assert_drawn(place / "out" / "plots" / name)
+        assert_drawn(folder / f"{name}.png")
+    with open(folder / "removal.csv", newline="") as file:
+        found = [
+            (row["curve"], float(row["KL to dense (nats/token)"])) for row in csv.DictReader(file)
+        ]
+    curve = files.read_json(place / "out" / "evaluate" / "removal.json")["value"]
+    assert found == [("KL", point["kl"]) for point in curve]
+
+
+def test_report_has_the_table_and_every_figure(place):
+    text = (place / "out" / "report.html").read_text()
+    rows = files.read_json(place / "out" / "evaluate" / "results.json")
+    assert [row["model"] for row in rows] == ROWS
+    for row in rows:
+        assert f'<th scope="row">{row["model"]}</th>' in text
+        assert f"{row['kl'] + 0:.4f}" in text
+    assert text.count('class="chart"') == 6
+    weights = place / "out" / "export" / "model.safetensors"
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() in text
+    assert "export-raw: " in text
 
 
 def test_the_same_command_again_does_nothing(place, no_work, capsys, caplog):

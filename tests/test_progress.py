@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from e3jax import progress
-from e3jax.progress import Progress, Terminal, log_file, over
+from e3jax.progress import Progress, Terminal, log_file, over, strip
 
 
 @pytest.fixture
@@ -88,6 +88,15 @@ def test_bars_one_below_the_other_and_lines_above_them(clock, logger, monkeypatc
     kept = (tmp_path / "run.log").read_text()
     assert "measured 2/3  0:20 left" in kept and "steps 2/5" in kept  # no bar in a file
     assert progress._bars is None
+
+
+def test_strip_is_higher_where_the_number_is_and_fits_a_terminal():
+    assert strip([0, 0.5, 1, 1.01, -1e-9]) == ["  0 ·▄██·"]
+    lines = strip([i / 126 for i in range(127)])
+    assert [line.split()[0] for line in lines] == ["0", "50", "100"]
+    marks = "".join("".join(line.split()[1:]) for line in lines)
+    assert len(marks) == 127 and [*marks] == sorted(marks, key=progress.LEVELS.index)
+    assert max(map(len, lines)) + len("search 100000: layers ") <= 80
 
 
 def test_the_log_file_goes_on_and_tells_how_it_ended(logger, tmp_path):

@@ -108,7 +108,7 @@ def test_what_fails_in_small_is_not_begun(configuration, tmp_path, played, monke
     assert "No space left on device" in capsys.readouterr().err
     assert played == [("search", 2), ("recovery", 1), ("figures", 2), ("figures", 2)]
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left <= {"run.json", ".lock", "run.log", "compiled"}
+    assert left <= {"run.json", ".lock", "run.log", "ledger.jsonl", "compiled"}
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ def test_score_step_is_the_log_loss_of_sliced_models(kind):
     np.testing.assert_allclose(metrics["loss"], sums.sum() / tokens.sum(), rtol=1e-5)
     np.testing.assert_allclose(first_gradient(state), want, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(want), rtol=1e-3)
-    assert metrics["removed"] == 2 and metrics["tau"] == 1
+    assert metrics["kept"] == 2 and metrics["tau"] == 1
     assert metrics["tokens"] == state.tokens == np.sum(batch.segments > 0)
     # Adam's first step: the learning rate against the sign.
     np.testing.assert_allclose(state.theta, THETA - spec.lr * np.sign(want), rtol=1e-4)
@@ -285,7 +285,7 @@ def test_finds_planted_idle_layers(estimator):
     state, metrics = take(spec, steps=40, params=planted_params(), theta=start)
     kept = gumbel.answer(state.theta, 2, FREE, FREE)
     assert np.flatnonzero(kept).tolist() == [0, 3]
-    assert metrics["removed"] == 2
+    assert metrics["kept"] == 2
 
 
 def test_protected_and_forced_layers_do_not_move():

@@ -10,9 +10,11 @@ from typing import Any
 
 from e3jax import files, job, processes
 from e3jax.evaluate import load
-from e3jax.evaluate.behaviour import Decile, deciles, flips, make_tokens, samples
+from e3jax.evaluate.answers import flips, samples
+from e3jax.evaluate.behaviour import Decile, deciles, make_tokens
 from e3jax.evaluate.exact import Answer, solve
 from e3jax.evaluate.figures import make_figures
+from e3jax.evaluate.rows import Row, beside
 from e3jax.job import Job
 from e3jax.models import decoder
 from e3jax.models.decoder import Batch, Params
@@ -21,35 +23,6 @@ from e3jax.training.metrics import read_metrics
 log = logging.getLogger(__name__)
 
 SAMPLES = 8  # problems whose answers are shown side by side
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One model's figures."""
-
-    model: str
-    layers: int
-    parameters: int
-    perplexity: float
-    kl: float  # KL(dense || model), nats a token
-    agreement: float  # top-1, share of tokens
-    exact_match: float | None  # share of problems, None without test problems
-    problems: int
-    tokens: int  # spent to get here, by masked or student models
-
-    def shown(self) -> dict[str, str]:
-        """The row as text, for tables."""
-        exact = "-" if self.exact_match is None else f"{100 * self.exact_match:.1f} %"
-        return {
-            "model": self.model,
-            "layers": str(self.layers),
-            "parameters": f"{self.parameters / 1e6:,.1f} M",
-            "exact match": exact,
-            "KL": f"{self.kl:z.4f}",
-            "top-1": f"{100 * self.agreement:.1f} %",
-            "perplexity": f"{self.perplexity:.3f}",
-            "tokens": f"{self.tokens / 1e6:,.2f} M",
-        }
 
 
 def measure_dense(job_: Job) -> Row:
@@ -76,11 +49,7 @@ def measure_student(
 
 def windows(job_: Job, row: Row) -> list[list[float]]:
     """KL and tokens of each window that a row was measured on, sums."""
-    return files.read_json(_path(job_.out / "evaluate", row.model).with_suffix(".windows.json"))
-
-
-def _path(folder: pathlib.Path, model: str) -> pathlib.Path:
-    return folder / f"{model.replace(' ', '-')}.json"
+    return files.read_json(beside(job_.out / "evaluate", row.model, "windows.json"))
 
 
 def _spent(stage: pathlib.Path) -> float:
@@ -92,7 +61,7 @@ def _once(
 ) -> Row:
     """Measures a model unless its file is there, made from the same model, data and settings."""
     spec = job_.run.evaluate
-    path = _path(job_.out / "evaluate", model)
+    path = beside(job_.out / "evaluate", model, "json")
     facts = job_.inputs(
         **inputs,
         evaluate=spec,
@@ -223,18 +192,17 @@ def write_behaviour(folder: pathlib.Path, rows: Sequence[Row]) -> None:
 
 def read_deciles(folder: pathlib.Path, row: Row) -> list[Decile]:
     """A row's figures by the dense model's entropy; folder: `evaluate`."""
-    path = _path(folder, row.model).with_suffix(".deciles.json")
+    path = beside(folder, row.model, "deciles.json")
     return [Decile(**fields) for fields in files.read_json(path)]
 
 
 def _answers(folder: pathlib.Path, row: Row) -> list[dict[str, Any]]:
-    text = _path(folder, row.model).with_suffix(".answers.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    return files.read_lines(beside(folder, row.model, "answers.jsonl"))
 
 
 def _loads(folder: pathlib.Path, row: Row) -> dict[str, str]:
     """How a row's model spreads tokens over experts; empty where it has none."""
-    path = _path(folder, row.model).with_suffix(".experts.json")
+    path = beside(folder, row.model, "experts.json")
     return {"model": row.model} | load.summary(files.read_json(path)) if path.exists() else {}
 
 

@@ -8,8 +8,7 @@ from e3jax.data.teacher import estimate_bytes
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import count_params
 from e3jax.search.search import fixed_layers, resolve_keep
-
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+from e3jax.target import BYTES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,13 +1,19 @@
-"""The run's figures as PNG: what was kept, what each layer is worth, how the losses fell."""
+"""The run's figures as PNG, the numbers of each as CSV: what was kept, what each layer is worth,
+how the losses fell."""
 
+import csv
+import io
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+
+from e3jax import files
 
 KEPT, REMOVED, INK = "#1f6f8b", "#d1495b", "#333333"
 
@@ -19,6 +25,17 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _save(
+    figure: Figure, path: pathlib.Path, columns: Sequence[Any], rows: Iterable[Sequence[Any]]
+) -> None:
+    figure.savefig(path)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    files.write_text(path.with_suffix(".csv"), text.getvalue())
 
 
 def kept_layers(
@@ -51,7 +68,8 @@ def kept_layers(
         f"{len(keep)} of {layers} layers kept; final answer on the right: blue kept, red removed",
         fontsize=10,
     )
-    figure.savefig(path)
+    rows = ([step, *row] for step, row in zip(steps, probability_sl.tolist(), strict=True))
+    _save(figure, path, ["search step", *(f"layer {i}" for i in range(layers))], rows)
 
 
 def _box(x: float, y: float, width: float, height: float, colour: str) -> Rectangle:
@@ -65,7 +83,8 @@ def importance(path: pathlib.Path, kl_l: Sequence[float], keep: Sequence[int]) -
     axes.bar(range(len(kl_l)), np.maximum(kl_l, 1e-8), color=colours)
     axes.set(yscale="log", xlabel="layer", ylabel="KL without it (nats/token)")
     axes.set_title("Importance of each layer (blue kept, red removed)", fontsize=10)
-    figure.savefig(path)
+    rows = ([i, kl, int(i in keep)] for i, kl in enumerate(kl_l))
+    _save(figure, path, ["layer", "KL without it (nats/token)", "kept"], rows)
 
 
 def curves(
@@ -90,7 +109,8 @@ def curves(
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=8)
     axes.set_title(title, fontsize=10)
-    figure.savefig(path)
+    rows = ([name, *point] for name, curve in series.items() for point in zip(*curve, strict=True))
+    _save(figure, path, ["curve", xlabel, ylabel], rows)
 
 
 def compared(path: pathlib.Path, kl: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
@@ -104,4 +124,11 @@ def compared(path: pathlib.Path, kl: Mapping[str, tuple[Sequence[float], Sequenc
     axes.set_yticklabels(names)
     axes.grid(alpha=0.25)
     axes.set_title("Each seed's choice: red nothing trained, blue recovered", fontsize=10)
-    figure.savefig(path)
+    states = ("nothing trained", "recovered")
+    rows = (
+        [name, state, value]
+        for name in reversed(names)
+        for state, values in zip(states, kl[name], strict=True)
+        for value in values
+    )
+    _save(figure, path, ["selector", "state", "KL to dense (nats/token)"], rows)

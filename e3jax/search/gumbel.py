@@ -208,6 +208,13 @@ def keep_probability(
     return np.asarray(jnp.mean(draw.keep.astype(jnp.float32), axis=0))
 
 
+def mask_entropy(probability_l: np.ndarray) -> float:
+    """Entropy of whether a layer is kept, mean over layers, bits: 0 once the mask is decided, at
+    most 1. From the probability of each, as if they were independent."""
+    p = np.clip(np.asarray(probability_l, np.float64), 1e-12, 1 - 1e-12)
+    return float(np.mean(-p * np.log2(p) - (1 - p) * np.log2(1 - p)))
+
+
 def init_theta(
     importance_l: np.ndarray,
     init: Literal["kl", "shortgpt", "zeros", "random"],

@@ -39,8 +39,9 @@ class SearchState:
     tokens: jax.Array  # float32, processed by masked models so far
 
 
-def resolve_keep(keep: int | float, num_layers: int) -> int:
+def resolve_keep(keep: int | float | None, num_layers: int) -> int:
     """A count, or a share below 1, -> layers kept. Raises UserError unless 1 <= K < L."""
+    keep = config.KEEP if keep is None else keep
     count = round(keep * num_layers) if keep < 1 else keep
     if int(count) != count or not 1 <= count < num_layers:
         raise UserError(
@@ -104,7 +105,7 @@ def make_search_step(
 ) -> Callable[[SearchState, Params, Batch], tuple[SearchState, dict[str, jax.Array]]]:
     """A jitted (state, params, batch) -> (state, metrics) of one search step.
 
-    Metrics are float32 scalars: loss (nats a token of the masked models), removed (layers), tau,
+    Metrics are float32 scalars: loss (nats a token of the masked models), kept (layers), tau,
     grad_norm, tokens (processed by masked models), skipped (1: not finite, nothing moved).
     """
     keep = resolve_keep(spec.keep, cfg.num_layers)
@@ -185,7 +186,7 @@ def make_search_step(
         tokens = masks * jnp.sum(batch.segments > 0).astype(jnp.float32)
         metrics = {
             "loss": jnp.sum(sums.loss) / weight,
-            "removed": (cfg.num_layers - k).astype(jnp.float32),
+            "kept": k.astype(jnp.float32),
             "tau": tau,
             "grad_norm": norm,
             "tokens": tokens,

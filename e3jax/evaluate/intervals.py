@@ -1,0 +1,41 @@
+"""How sure a figure is: of a share over problems, of a mean over windows. Without jax."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Z_95 = 1.959964  # standard deviations to either side that hold 95 % of a normal distribution
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """95 % score interval of a share (Wilson 1927), which holds near 0 and 1 too."""
+    share, weight = right / count, Z_95**2 / count
+    middle = (share + weight / 2) / (1 + weight)
+    half = Z_95 * math.sqrt(share * (1 - share) / count + weight / (4 * count)) / (1 + weight)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mean(windows: Sequence[tuple[float, float]]) -> tuple[float, float | None]:
+    """Mean a token, and its standard error over windows, from [windows, 2]: sum and tokens of each.
+
+    A ratio of two sums, linearised: windows differ in their tokens. None of a single window.
+    """
+    total, tokens = np.asarray(windows, float).T
+    found = total.sum() / tokens.sum()
+    if len(tokens) < 2:
+        return float(found), None
+    rest = total - found * tokens
+    variance = len(rest) / (len(rest) - 1) * np.sum(rest**2)
+    return float(found), float(np.sqrt(variance) / tokens.sum())
+
+
+def apart(ours: Any, theirs: Any) -> tuple[float, float | None]:
+    """Difference of KL, theirs - ours, nats a token, and its standard error over windows.
+
+    ours, theirs: [seeds, windows, 2], KL and tokens of the same windows (sums). A window's KL is
+    averaged over seeds first, so that seeds do not count as windows.
+    """
+    (kl_a, tokens), (kl_b, _) = (np.mean(x, axis=0).T for x in (ours, theirs))
+    return mean(np.stack([kl_b - kl_a, tokens], axis=1).tolist())

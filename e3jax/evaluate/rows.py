@@ -1,0 +1,50 @@
+"""A row of a run's table, and where what lies behind it is. Without jax."""
+
+import dataclasses
+import pathlib
+
+from e3jax import files
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One model's figures."""
+
+    model: str
+    layers: int
+    parameters: int
+    perplexity: float
+    kl: float  # KL(dense || model), nats a token
+    agreement: float  # top-1, share of tokens
+    exact_match: float | None  # share of problems, None without test problems
+    problems: int
+    tokens: int  # spent to get here, by masked or student models
+
+    def shown(self) -> dict[str, str]:
+        """The row as text, for tables."""
+        exact = "-" if self.exact_match is None else f"{100 * self.exact_match:.1f} %"
+        return {
+            "model": self.model,
+            "layers": str(self.layers),
+            "parameters": f"{self.parameters / 1e6:,.1f} M",
+            "exact match": exact,
+            "KL": f"{self.kl:z.4f}",
+            "top-1": f"{100 * self.agreement:.1f} %",
+            "perplexity": f"{self.perplexity:.3f}",
+            "tokens": f"{self.tokens / 1e6:,.2f} M",
+        }
+
+
+def beside(folder: pathlib.Path, model: str, kind: str) -> pathlib.Path:
+    """The file of a row, `json`, and those beside it: `answers.jsonl`, `windows.json` and others.
+
+    folder: `evaluate`.
+    """
+    return folder / f"{pathlib.PurePath(model.replace(' ', '-')).name}.{kind}"
+
+
+def read(folder: pathlib.Path) -> list[Row]:
+    """The table: the dense model, ours raw and recovered, then baselines. Empty before all are
+    measured."""
+    path = folder / "results.json"
+    return [Row(**fields) for fields in files.read_json(path)] if path.is_file() else []

@@ -1,0 +1,289 @@
+"""The report's page: what is on record and nothing else, text that cannot break out, no network."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from e3jax import cli, files, ledger
+from e3jax.errors import UserError
+from e3jax.evaluate import intervals
+from e3jax.report import facts, page
+from test_cli import ROOT
+
+EVIL = (
+    "</script><script>document.title = 'evil'</script><img src=x onerror=\"document.title='evil'\">"
+)
+ALONE = ("area", "br", "hr", "img", "input", "link", "meta")  # tags that are never closed
+KL = {"dense": 0.0, "e3 raw": 0.4, "e3 recovered": 0.1}
+RIGHT = {"dense": "1110", "e3 raw": "0010", "e3 recovered": "1011"}  # of four problems
+
+
+def make_run(out, *, evil="", kl=1.0):
+    """A run folder of a model of four layers, written as the stages do."""
+    write = lambda name, value: files.write_json(out / name, value)
+    settings = {"model": {"path": f"org/model{evil}"}, "search": {"swaps": 0}}
+    write("run.json", settings | {"distill": {"mask": None}, "evaluate": {"baselines": []}})
+    mask = {"num_layers": 4, "keep": [0, 2], "tokens": 1000, "teacher_tokens": 500}
+    write("search/mask.json", mask | {"checkpoint": "c0ffee"})
+    write("search/importance.json", {"value": {"scores": [1.0, 0.01, 0.5, 0.0]}})
+    lines = [
+        {"step": 0, "held_out_kl": 0.9, "best_kl": 0.9, "keep_probability": [1, 0.3, 0.6, 0.1]}
+    ]
+    lines += [
+        {"step": n, "loss": float("nan") if n == 1 else 0.5, "tokens": 10.0} for n in range(4)
+    ]
+    lines += [{"step": 4, "held_out_kl": 0.4, "best_kl": 0.4, "keep_probability": [1, 0.1, 0.9, 0]}]
+    files.write_text(out / "search" / "metrics.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+    rows = []
+    for model, right in RIGHT.items():
+        row = {"model": model, "layers": 2, "parameters": 600, "perplexity": 1.5, "agreement": 0.9}
+        row |= {"kl": kl * KL[model], "exact_match": right.count("1") / 4, "problems": 4}
+        rows.append(row | {"tokens": 0})
+        place = f"evaluate/{model.replace(' ', '-')}"
+        write(f"{place}.windows.json", [[kl * KL[model] * 8, 10], [kl * KL[model] * 12, 10]])
+        write(f"{place}.deciles.json", [{"kl": kl * KL[model] / 10 * n} for n in range(10)])
+        answers = [
+            {
+                "prompt": f"problem {i}{evil}", "expected": f"{i}{evil}", "correct": mark == "1",
+                "found": f"{i}{evil}" if mark == "1" else f"none{evil}", "ended": True,
+                "text": f"{model} says {i}{evil}",
+            }
+            for i, mark in enumerate(right)
+        ]  # fmt: skip
+        text = "".join(json.dumps(answer) + "\n" for answer in answers)
+        files.write_text(out / f"{place}.answers.jsonl", text)
+    rows[0]["parameters"] = 1000
+    write("evaluate/results.json", rows)
+    line = {"stage": "search", "seconds": 90.0, "devices": 4, "kind": f"TPU{evil}", "processes": 1}
+    line |= {"device_bytes": 3 * 2**30, "host_bytes": 2**30, "e3jax": "0.1.0", "commit": None}
+    line |= {"jax": "0.10", "python": "3.12.1"}
+    files.write_text(out / "ledger.jsonl", 2 * (json.dumps(line) + "\n"))
+    return out
+
+
+class Page(html.parser.HTMLParser):
+    """A parsed page: its elements, texts, and what was closed in the wrong order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.texts, self.wrong, self._open = [], [], [], []
+        self.feed(text)
+        self.close()
+        self.wrong += self._open
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ALONE:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        if not self._open or self._open.pop() != tag:
+            self.wrong.append(tag)
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def count(self, tag):
+        return sum(name == tag for name, _ in self.elements)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+def test_page_says_what_is_on_record(tmp_path):
+    text = page.render([make_run(tmp_path / "run")])
+    found = Page(text)
+    assert not found.wrong
+    said = found.text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "2 of the 4 decoder layers of org/model were kept, 40.0 % of its parameters" in said
+    assert "solves 75.0 % of 4 problems where the dense model solves 75.0 %" in said
+    low, high = intervals.wilson(3, 4)
+    assert f"{100 * low:.1f} to {100 * high:.1f}" in said
+    _, error = intervals.mean([(0.8, 10), (1.2, 10)])
+    assert f"± {error:.4f}" in said
+    assert "180 s 720 s 3.0 GiB 1.0 GiB 2 4 x TPU" in said  # both pieces, four devices
+    assert found.count("figure") == 4 and "removal" not in said
+    assert "No export is there" in said
+
+
+def test_page_needs_nothing_else(tmp_path):
+    found = Page(page.render([make_run(tmp_path / "run")]))
+    assert not {"link", "img", "iframe", "object"} & {tag for tag, _ in found.elements}
+    addresses = [a[key] for _, a in found.elements for key in ("src", "href") if key in a]
+    assert all(address.startswith("#") for address in addresses)
+    style = re.sub(r"/\*.*?\*/", "", page.STYLE)
+    assert "url(" not in style and "@import" not in style
+    script = page.SCRIPT.replace("http://www.w3.org/2000/svg", "")
+    assert not re.search(r"https?:|fetch|XMLHttp|eval|innerHTML", script)
+
+
+def test_text_from_data_cannot_break_out(tmp_path):
+    plain = Page(page.render([make_run(tmp_path / "plain")]))
+    text = page.render([make_run(tmp_path / f"run{EVIL.replace('/', '')}", evil=EVIL)])
+    found = Page(text)
+    assert found.elements and not found.wrong
+    assert [tag for tag, _ in found.elements] == [tag for tag, _ in plain.elements]
+    assert not [a for _, attributes in found.elements for a in attributes if a.startswith("on")]
+    assert f"e3 raw says 3{EVIL}" in found.text  # and yet all of it is shown
+
+
+def test_figures_are_json_without_nan(tmp_path):
+    text = page.render([make_run(tmp_path / "run", evil=EVIL)])
+    block = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert block is not None
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    charts = json.loads(block[1], parse_constant=refuse)
+    assert [chart["kind"] for chart in charts] == ["heat", "bars", "curves", "curves"]
+    assert charts[0]["rows"] == [[1, 0.3, 0.6, 0.1], [1, 0.1, 0.9, 0]]
+    assert charts[2]["series"][0]["y"] == [0.5, None, 0.5, 0.5]
+
+
+def test_turned_answers_come_first(tmp_path):
+    found = facts.read(make_run(tmp_path / "run"))
+    assert [(s.number, s.turned) for s in found.samples] == [
+        (2, "lost"), (4, "gained"), (1, ""), (3, ""),
+    ]  # fmt: skip
+    assert [(model, flips.lost, flips.gained) for model, flips in found.flips] == [
+        ("e3 raw", 2, 0), ("e3 recovered", 1, 1),
+    ]  # fmt: skip
+
+
+def test_what_is_not_on_record_is_said_to_be_so(tmp_path):
+    out = tmp_path / "run"
+    whole = page.render([make_run(out)])
+    (out / "search" / "mask.json").unlink()  # the search goes on
+    text = page.render([out])
+    assert not Page(text).wrong and text.count("<figure>") == whole.count("<figure>")
+    assert '"keep": null' in text and "final answer" not in text and "outlined" not in text
+    for name in ("evaluate", "search"):
+        shutil.rmtree(out / name)
+    (out / "ledger.jsonl").unlink()
+    text = page.render([out])
+    assert not Page(text).wrong
+    assert "No layers of org/model have been chosen yet" in text and "Not measured yet" in text
+    assert "<figure>" in whole and "<figure>" not in text
+    assert text.count("ot on record") == 3  # cost, versions, the dense checkpoint
+
+
+def test_curves_are_thinned_to_means():
+    x, y = page._thinned(list(range(1000)), [float(i % 2) for i in range(1000)])
+    assert 300 < len(x) <= page.POINTS
+    assert x[0] == 1 and sum(y) / len(y) == pytest.approx(0.5, abs=0.01)
+    assert page._spread(1000, 5) == [0, 250, 500, 749, 999] and page._spread(1, 5) == [0]
+
+
+# ---------------------------------------------------------------- several runs, and the command
+
+
+def test_runs_side_by_side(tmp_path):
+    first, other = make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run", kl=2.0)
+    text = page.render([first, other])
+    assert not Page(text).wrong
+    assert f"{first} beside {other}" in text  # one name would be that of both
+    assert "+0.1000" in text  # nats a token, recovered, in the same windows
+    files.write_json(other / "evaluate" / "e3-recovered.windows.json", [[1.0, 10], [1.0, 11]])
+    assert "+0.1000" not in page.render([first, other])
+
+
+def test_command_without_jax(tmp_path):
+    out = make_run(tmp_path / "run")
+    program = (
+        "import sys; from e3jax import cli; code = cli.main(sys.argv[1:]); "
+        "sys.exit(code or 'jax' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "report", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (out / "report.html").read_text() == page.render([out])  # and it is the same each time
+
+
+def test_command_is_told_what_is_wrong(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    out = make_run(tmp_path / "run")
+
+    def refused(*arguments):
+        assert cli.main(["report", *map(str, arguments)]) == 2
+        assert not (tmp_path / "p.html").exists() and not (out / "report.html").exists()
+        return capsys.readouterr().err
+
+    assert f"{tmp_path}: not a run of e3jax" in refused(tmp_path)
+    assert "nowhere: not a run of e3jax" in refused(out, "nowhere", "out=p.html")
+    assert "given twice" in refused(out, "out=p.html", "--out", "p.html")
+    assert "no run was named" in refused("out=p.html")
+    assert "cannot be written" in refused(out, f"out={out}/run.json/p.html")
+    (out / "evaluate" / "results.json").write_text('[{"model": "dense", "colour": 3}]')
+    assert f"{out}: a record there is damaged" in refused(out)
+    (out / "evaluate" / "results.json").write_text("[")
+    assert f"{out}: a record there is damaged" in refused(out)
+    shutil.rmtree(out / "evaluate")
+    (out / "search" / "metrics.jsonl").write_text('{"keep_probability": [1]}')
+    assert f"{out}: a record there is damaged" in refused(out)
+    shutil.rmtree(out / "search")
+    (out / "run.json").write_text("{}")
+    assert cli.main(["report", str(out), str(out), "out=p.html"]) == 0
+    assert "<title>" in (tmp_path / "p.html").read_text()
+
+
+def test_a_file_of_another_folder_is_not_read(tmp_path):
+    """Names in records lead nowhere else."""
+    out, secret = make_run(tmp_path / "run"), make_run(tmp_path / "secret")
+    settings = files.read_json(out / "run.json")
+    settings["evaluate"]["baselines"] = ["../secret/search"]
+    files.write_json(out / "run.json", settings)
+    rows = files.read_json(out / "evaluate" / "results.json")
+    rows[2]["model"] = f"../../secret/evaluate/{secret.name} recovered"
+    files.write_json(out / "evaluate" / "results.json", rows)
+    found = facts.read(out)
+    assert found.figures[2].windows == [] and "../secret/search" not in found.baselines
+
+
+# ---------------------------------------------------------------- the ledger
+
+
+def test_ledger_tells_what_an_attempt_took_and_how_it_ended(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(ledger.time, "monotonic", lambda: now[0])
+    with pytest.raises(UserError), ledger.stage(tmp_path, "search"):
+        now[0] += 60
+        raise UserError("a full disk")
+    with ledger.stage(tmp_path, "search"):
+        now[0] += 0.5  # read back
+    with ledger.stage(tmp_path, "distill"):
+        now[0] += 7.25
+    lines = files.read_lines(tmp_path / ledger.LEDGER)
+    told = [(x["stage"], x["seconds"], x["ended"]) for x in lines]
+    assert told == [("search", 60.0, "UserError"), ("distill", 7.2, "done")]
+    assert all(x["devices"] == 8 and x["host_bytes"] > 2**20 for x in lines)
+
+
+# ---------------------------------------------------------------- in a browser
+
+
+def test_in_a_browser(tmp_path):
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("needs Chromium")
+    place = tmp_path / "p.html"
+    page.write([make_run(tmp_path / "run", evil=EVIL)], place)
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,800", "--dump-dom"]
+    done = subprocess.run([*command, place.as_uri()], capture_output=True, text=True, timeout=120)
+    found = Page(done.stdout)
+    assert found.count("rect") > 20 and found.count("polyline") == 5
+    assert found.count("svg") == 5 + 5  # figures, the slider's among them, and keys of curves
+    assert "step 4: held-out KL of the answer 0.4" in found.text
+    assert "<title>run · e3jax</title>" in done.stdout  # no script but ours ran
