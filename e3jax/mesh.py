@@ -217,10 +217,15 @@ def on_own_heads(
     )(q, k, v, segments_bt, *more)
 
 
+def row_shards() -> int:
+    """The devices that share the rows of a batch."""
+    set_mesh = current()
+    return 1 if set_mesh is None else axis_size(set_mesh, BATCH)
+
+
 def shards_rows() -> bool:
     """Whether the rows of a batch are on several devices."""
-    set_mesh = current()
-    return set_mesh is not None and axis_size(set_mesh, BATCH) > 1
+    return row_shards() > 1
 
 
 def is_sharded(x: jax.Array, axis: int) -> bool:
@@ -238,6 +243,21 @@ def entry(x: jax.Array, index: jax.Array) -> jax.Array:
         return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
     place = P(None, *jax.typeof(x).sharding.spec[1:])
     return x.at[jnp.array([index])].get(out_sharding=place)[0]
+
+
+def place(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """An array laid out by these logical axes, inside jit; itself where no mesh is set."""
+    return x if current() is None else jax.sharding.reshard(x, spec(axes, x.shape))
+
+
+def take_rows(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    """The rows `index` of an axis that the batch axes share, int32 [B], shared as they are; inside
+    jit. The rows of `x` travel, so they should be few."""
+    at = (*(slice(None) for _ in range(axis)), index)
+    if current() is None:
+        return x[at]
+    at = (*at[:-1], jax.sharding.reshard(index, spec((None,))))
+    return x.at[at].get(out_sharding=jax.typeof(x).sharding.spec)
 
 
 def repeat_rows(x: jax.Array, count: int) -> jax.Array:
