@@ -316,6 +316,11 @@ class Evaluate:
         default=("shortgpt",), description="selectors given the same recovery"
     )
     loss_curve: bool = Field(default=True, description="loss after each successive removal")
+    tasks: tuple[str, ...] = Field(
+        default=(),
+        description="tasks of lm-evaluation-harness for every row: names, or YAML files",
+    )
+    task_path: str | None = Field(default=None, description="a folder of more such tasks")
 
     @pydantic.field_validator("answer")
     @classmethod

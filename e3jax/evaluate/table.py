@@ -1,6 +1,7 @@
 """The table of a run: every model measured the same way, once."""
 
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from e3jax import files, job, processes
-from e3jax.evaluate import load
+from e3jax.evaluate import lm_eval, load
 from e3jax.evaluate.behaviour import Decile, deciles, flips, make_tokens, samples
 from e3jax.evaluate.exact import Answer, solve
 from e3jax.evaluate.figures import make_figures
@@ -36,6 +37,7 @@ class Row:
     exact_match: float | None  # share of problems, None without test problems
     problems: int
     tokens: int  # spent to get here, by masked or student models
+    tasks: dict[str, float] = dataclasses.field(default_factory=dict)  # of evaluate.tasks
 
     def shown(self) -> dict[str, str]:
         """The row as text, for tables."""
@@ -49,7 +51,7 @@ class Row:
             "top-1": f"{100 * self.agreement:.1f} %",
             "perplexity": f"{self.perplexity:.3f}",
             "tokens": f"{self.tokens / 1e6:,.2f} M",
-        }
+        } | {name: f"{value:.4f}" for name, value in self.tasks.items()}
 
 
 def measure_dense(job_: Job) -> Row:
@@ -91,7 +93,8 @@ def _once(
     job_: Job, model: str, keep: Sequence[int], params: Any, inputs: dict[str, Any], tokens: int
 ) -> Row:
     """Measures a model unless its file is there, made from the same model, data and settings."""
-    spec = job_.run.evaluate
+    spec = dataclasses.asdict(job_.run.evaluate)
+    tasks, folder = spec.pop("tasks"), spec.pop("task_path")
     path = _path(job_.out / "evaluate", model)
     facts = job_.inputs(
         **inputs,
@@ -100,7 +103,31 @@ def _once(
         test=files.fingerprint(job_.problems) if job_.run.data.test else None,
         deciles=10,
     )
-    return Row(**job.once(path, facts, lambda: _measure(job_, model, keep, params(), tokens, path)))
+    made = functools.cache(params)  # at most once, for both
+    measured = job.once(path, facts, lambda: _measure(job_, model, keep, made(), tokens, path))
+    if not tasks:
+        return Row(**measured)
+
+    def figures() -> dict[str, dict[str, float]]:
+        batch, cfg = job.rows_per_batch(spec["batch"]), job_.cfg.take_layers(keep)
+        subject = lm_eval.Subject(
+            cfg, made(), job_.tokenizer, job_.eos, job_.dtype, batch, job_.run.seed
+        )
+        return lm_eval.figures(subject, tasks, folder)
+
+    facts = job_.inputs(**inputs, **lm_eval.facts(tasks, folder))
+    found = job.once(path.with_suffix(".tasks.json"), facts, figures)
+    return Row(**measured | {"tasks": _named(found)})
+
+
+def _named(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """`task metric` of each; what says how sure that is stays in the file."""
+    return {
+        f"{task} {name.removesuffix(',none')}": value
+        for task, metrics in found.items()
+        for name, value in metrics.items()
+        if "_stderr" not in name and name != "sample_len"
+    }
 
 
 def _measure(

@@ -19,7 +19,7 @@ from e3jax.models.sample import Sampling
 
 PARTS = 8  # of the slots: so many prompts are read at once
 BETWEEN = 16  # tokens after which stop strings are looked for
-NARROWEST = 16  # tokens that prompts are filled up to; then twice as many, and so on
+NARROWEST = 16  # tokens of a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +135,11 @@ def generate(
             following += 1
 
 
+def padded_width(length: int) -> int:
+    """Rows are filled up to a power of two: few programs for all lengths."""
+    return max(NARROWEST, 1 << (length - 1).bit_length())
+
+
 def left_pad(prompts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and segments (0 = padding, 1 = prompt), both int32 [B, width]."""
     tokens = np.zeros((len(prompts), width), np.int32)
@@ -154,9 +159,7 @@ def _arrival(
 ) -> Arrival:
     """The requests that take slots over, of `group` rows; filled up with the first of them."""
     prompts = [requests[number].prompt for number in taking.values()]
-    width = NARROWEST
-    while width < max(map(len, prompts)):
-        width *= 2
+    width = padded_width(max(map(len, prompts)))
     tokens, segments = left_pad(prompts + prompts[:1] * (group - len(prompts)), width)
     source, left = np.full(len(holder), -1, np.int32), np.zeros(len(holder), np.int32)
     for row, (slot, number) in enumerate(taking.items()):
