@@ -12,7 +12,7 @@ import yaml
 
 from e3jax import config, files, from_mask, mesh
 from e3jax.errors import UserError
-from e3jax.evaluate import likelihood, lm_eval
+from e3jax.evaluate import likelihood, lm_eval, table
 from e3jax.hf.families import read_config
 from e3jax.hf.load import load_params
 from hf_tiny import save_tiny, torch_logits
@@ -75,6 +75,14 @@ def test_the_harness_that_is_missing_is_named(monkeypatch, capsys):
     lm_eval.model_class.cache_clear()
     assert lm_eval.main() == 2
     assert "pip install" in capsys.readouterr().err
+
+
+def test_metrics_are_columns_of_the_table():
+    found = {"our": {"acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 9, "f1,strict": 0.25}}
+    figures = {"layers": 1, "parameters": 1, "perplexity": 1.0, "kl": 0.0, "agreement": 1.0}
+    counts = {"exact_match": None, "problems": 0, "tokens": 0}
+    row = table.Row(model="dense", **figures, **counts, tasks=table.metrics(found))
+    assert list(row.shown().items())[-2:] == [("our acc", "0.5000"), ("our f1,strict", "0.2500")]
 
 
 @pytest.fixture(scope="module")

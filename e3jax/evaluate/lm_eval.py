@@ -244,23 +244,13 @@ def model_class() -> Any:
 def figures(
     subject: Subject, tasks: Sequence[str], folder: str | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Of each task the metrics of the harness, with their standard errors. tasks: names, or YAML
-    files; folder: of more tasks. Call under the mesh. Raises UserError for a task that is not
-    there.
+    """Of each task the metrics of the harness, with their standard errors. tasks, folder: as in
+    `known`. Call under the mesh.
     """
+    names, manager = known(tasks, folder)
     model = model_class()(subject)
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if folder is None else str(_path(folder)))
-    names = [str(_path(task)) if task.endswith(".yaml") else task for task in tasks]
-    for task in names:
-        known = _path(task).is_file() if task.endswith(".yaml") else manager.match_tasks([task])
-        if not known:
-            raise UserError(
-                f"evaluate.tasks: there is no {task}; expected a YAML file, or a task of the "
-                "harness or of evaluate.task_path"
-            )
     found = simple_evaluate(model, tasks=names, task_manager=manager, log_samples=False)
     assert found is not None  # as in a process whose rank is not 0
     return files.plain_tree(
@@ -271,13 +261,31 @@ def figures(
     )
 
 
+def known(tasks: Sequence[str], folder: str | None = None) -> tuple[list[str], Any]:
+    """The tasks as the harness calls them, and what knows them. tasks: names, or YAML files;
+    folder: of more tasks. Raises UserError for one that is not there."""
+    model_class()  # tells whether the harness is there
+    from lm_eval.tasks import TaskManager
+
+    if folder is not None and not _path(folder).is_dir():
+        raise UserError(f"evaluate.task_path={folder}: is no folder")
+    manager = TaskManager(include_path=None if folder is None else str(_path(folder)))
+    names = [str(_path(task)) if task.endswith(".yaml") else task for task in tasks]
+    for task in names:
+        there = _path(task).is_file() if task.endswith(".yaml") else manager.match_tasks([task])
+        if not there:
+            raise UserError(
+                f"evaluate.tasks: there is no {task}; expected a YAML file, or a task of the "
+                "harness or of evaluate.task_path"
+            )
+    return names, manager
+
+
 def facts(tasks: Sequence[str], folder: str | None = None) -> dict[str, Any]:
     """What decides their figures, but for data that lies elsewhere: the version of the harness, and
     the files beside the tasks by size and time."""
-    try:
-        version = importlib.metadata.version("lm_eval")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise UserError(f"evaluate.tasks needs lm-evaluation-harness: {INSTALL}") from error
+    model_class()
+    version = importlib.metadata.version("lm_eval")
     places = {_path(task).parent for task in tasks if task.endswith(".yaml")}
     places |= set() if folder is None else {_path(folder)}
     beside = sorted(path for place in places for path in place.glob("*") if path.is_file())

@@ -117,15 +117,15 @@ def _once(
 
     facts = job_.inputs(**inputs, **lm_eval.facts(tasks, folder))
     found = job.once(path.with_suffix(".tasks.json"), facts, figures)
-    return Row(**measured | {"tasks": _named(found)})
+    return Row(**measured | {"tasks": metrics(found)})
 
 
-def _named(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """`task metric` of each; what says how sure that is stays in the file."""
+def metrics(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """`task metric` of what the harness gave, without standard errors."""
     return {
         f"{task} {name.removesuffix(',none')}": value
-        for task, metrics in found.items()
-        for name, value in metrics.items()
+        for task, values in found.items()
+        for name, value in values.items()
         if "_stderr" not in name and name != "sample_len"
     }
 
