@@ -143,6 +143,7 @@ def assert_same(found, expected):
     assert compared >= 6
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_harness_on_the_export(place):
     expected = theirs(place, place / "cut")
     of_tasks = [expected[f"our_{name}"] for name in TASKS]
@@ -156,6 +157,7 @@ def test_figures_are_those_of_the_harness_on_the_export(place):
         assert_same(lm_eval.figures(masked, names, str(place)), expected)
 
 
+@pytest.mark.slow
 def test_a_task_may_be_a_file_and_one_that_is_missing_is_named(place):
     with jax.set_mesh(mesh.make_mesh()):
         subject = lm_eval.opened(pretrained=str(place / "cut"), dtype="float32", batch_size=8)
