@@ -80,20 +80,19 @@ def ours(options: argparse.Namespace, batch: int) -> dict:
 
     from e3jax import mesh
     from e3jax.models import decoder
-    from e3jax.models.generate import make_greedy
+    from e3jax.models.generate import make_generator
+    from e3jax.models.serve import generate
 
     cfg = model_config(options.shapes)
     prompts = np.random.default_rng(0).integers(0, VOCAB, (batch, PROMPT), dtype=np.int32)
     with jax.set_mesh(mesh.make_mesh()):
         params = decoder.init_params(jax.random.key(0), cfg, jnp.bfloat16)
-        greedy = make_greedy(cfg, dtype=jnp.bfloat16, max_new_tokens=ANSWER, eos=())
-        weights = greedy.prepare(params)
-        tokens, segments = mesh.shard_batch((prompts, np.ones_like(prompts)))
-        step = lambda: jax.block_until_ready(greedy(weights, tokens, segments))  # noqa: E731
+        generator = make_generator(cfg, dtype=jnp.bfloat16, eos=())
+        weights, rows = generator.prepare(params), prompts.tolist()
+        step = lambda: list(generate(generator, weights, rows, batch, ANSWER))  # noqa: E731
         first, seconds = timed(step, lambda: None)
         peak = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
-        answer = np.asarray(greedy(weights, tokens, segments))
-        check(params, cfg, np.concatenate([prompts, answer], axis=1)[:2])
+        check(params, cfg, np.concatenate([prompts, step()], axis=1)[:2])
     return {"first": first, "seconds": seconds, "peak": peak}
 
 

@@ -327,6 +327,10 @@ class Evaluate:
         default=("shortgpt",), description="selectors given the same recovery"
     )
     loss_curve: bool = Field(default=True, description="loss after each successive removal")
+    tasks: tuple[str, ...] = Field(
+        default=(), description="lm-evaluation-harness tasks for every row: names, or YAML files"
+    )
+    task_path: str | None = Field(default=None, description="a folder of more such tasks")
 
     @pydantic.field_validator("answer")
     @classmethod
@@ -372,12 +376,9 @@ class Run:
     out: str = Field(description="run folder")
     seed: int = Field(default=0, ge=0, description="decides every random draw")
     deterministic: bool = Field(default=False, description="bitwise repeatable on GPU, slower")
-    keep_checkpoints: int = Field(
-        default=2, ge=1, description="latest ones that stay, and the best"
-    )
+    keep_checkpoints: int = Field(default=2, ge=1, description="that stay, beside the best one")
     wandb: str | None = Field(
-        default=None,
-        description="Weights & Biases project that gets the scalars too (pip install wandb)",
+        default=None, description="Weights & Biases project for the scalars (pip install wandb)"
     )
     model: Model = Field(default=Model(), description="the model")
     mesh: Mesh = Field(default=Mesh(), description="devices")

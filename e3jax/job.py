@@ -297,9 +297,7 @@ def sample(windows: Windows, count: int, seed: int) -> Windows:
 
 def rows_per_batch(batch: int) -> int:
     """`batch` rounded up to a multiple of the devices that share its rows."""
-    set_mesh = mesh.current()
-    shards = 1 if set_mesh is None else mesh.axis_size(set_mesh, mesh.BATCH)
-    return -(-batch // shards) * shards
+    return -(-batch // mesh.row_shards()) * mesh.row_shards()
 
 
 def data_seed(run: config.Run, stage: str) -> int:

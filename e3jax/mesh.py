@@ -4,10 +4,8 @@ Every axis is explicit (`AxisType.Explicit`): shardings are part of array types,
 error while tracing, on any machine, not a silent gather on a pod.
 """
 
-import contextlib
-import contextvars
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -89,51 +87,6 @@ def current() -> jax.sharding.AbstractMesh | None:
     return None if mesh.empty else mesh
 
 
-_STOOD_FOR: contextvars.ContextVar[str | None] = contextvars.ContextVar("stood_for", default=None)
-
-
-@contextlib.contextmanager
-def standing_for(name: str) -> Iterator[None]:
-    """Within, the mesh's devices stand for those of another platform, in plans: what is traced is
-    to need its memory, not to compute."""
-    token = _STOOD_FOR.set(name)
-    try:
-        yield
-    finally:
-        _STOOD_FOR.reset(token)
-
-
-def is_stood_for() -> bool:
-    """Whether the mesh's devices stand for others (`standing_for`)."""
-    return _STOOD_FOR.get() is not None
-
-
-def platform() -> str | None:
-    """What the mesh that is set is made of, such as "tpu"; None where no mesh or device says it.
-
-    Compiled ahead of time for a TPU this is "tpu", while jax.default_backend() is the host's own.
-    """
-    if is_stood_for():
-        return _STOOD_FOR.get()
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return None if device is None else device.platform
-
-
-def is_hopper() -> bool:
-    """Whether the mesh that is set is made of NVIDIA GPUs of Hopper's kind, that are there."""
-    there = platform() == "gpu" and not is_stood_for()
-    return there and jax.devices()[0].compute_capability == "9.0"
-
-
-def on_own_rows(fn: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """`fn`, a kernel, by each device on its rows of the arrays, each [B, ...] and otherwise whole,
-    inside jit; its result too has them on axis 0."""
-    if current() is None:
-        return fn(*arrays)
-    rows = P(BATCH)
-    return jax.shard_map(fn, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
-
-
 def axis_size(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
     """Devices along a spec entry."""
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes
@@ -207,6 +160,15 @@ def rows_for_width(x_btd: jax.Array) -> jax.Array:
     )(x_btd)
 
 
+def on_own_rows(fn: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """`fn`, a kernel, by each device on its rows of the arrays, each [B, ...] and otherwise whole,
+    inside jit; its result too has them on axis 0."""
+    if current() is None:
+        return fn(*arrays)
+    rows = P(BATCH)
+    return jax.shard_map(fn, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
+
+
 def on_own_heads(
     attend: Callable[..., jax.Array],
     q: jax.Array,
@@ -232,10 +194,15 @@ def on_own_heads(
     )(q, k, v, segments_bt, *more)
 
 
+def row_shards() -> int:
+    """The devices that share the rows of a batch."""
+    set_mesh = current()
+    return 1 if set_mesh is None else axis_size(set_mesh, BATCH)
+
+
 def shards_rows() -> bool:
     """Whether the rows of a batch are on several devices."""
-    set_mesh = current()
-    return set_mesh is not None and axis_size(set_mesh, BATCH) > 1
+    return row_shards() > 1
 
 
 def is_sharded(x: jax.Array, axis: int) -> bool:
@@ -253,6 +220,21 @@ def entry(x: jax.Array, index: jax.Array) -> jax.Array:
         return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
     place = P(None, *jax.typeof(x).sharding.spec[1:])
     return x.at[jnp.array([index])].get(out_sharding=place)[0]
+
+
+def place(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """An array laid out by these logical axes, inside jit; itself where no mesh is set."""
+    return x if current() is None else jax.sharding.reshard(x, spec(axes, x.shape))
+
+
+def take_rows(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    """The rows `index` of an axis that the batch axes share, int32 [B], shared as they are; inside
+    jit. The rows of `x` travel, so they should be few."""
+    at = (*(slice(None) for _ in range(axis)), index)
+    if current() is None:
+        return x[at]
+    at = (*at[:-1], jax.sharding.reshard(index, spec((None,))))
+    return x.at[at].get(out_sharding=jax.typeof(x).sharding.spec)
 
 
 def repeat_rows(x: jax.Array, count: int) -> jax.Array:

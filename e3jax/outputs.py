@@ -25,7 +25,8 @@ from e3jax.mask import Mask
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Params
-from e3jax.models.generate import generate, make_greedy
+from e3jax.models.generate import make_generator
+from e3jax.models.serve import generate
 
 log = logging.getLogger(__name__)
 
@@ -271,8 +272,8 @@ def _check_transformers(
     ours = processes.whole(answered(params, mesh.shard_batch(here)))
     tokens = tokens[: len(prompts)]
     count = min(64, cfg.max_position - width)
-    greedy = make_greedy(cfg, dtype=jnp.float32, max_new_tokens=count, eos=eos)
-    answers = list(generate(greedy, params, prompts, rows))
+    generator = make_generator(cfg, dtype=jnp.float32, eos=eos)
+    answers = list(generate(generator, params, prompts, rows, count))
 
     def compare() -> None:
         import torch

@@ -16,7 +16,6 @@ from e3jax.errors import UserError
 from e3jax.evaluate.figures import make_figures
 from e3jax.job import Job
 from e3jax.mask import Mask
-from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Params
 from e3jax.selectors import laco
@@ -32,8 +31,7 @@ CALIBRATION_WINDOWS = 64  # whose mean teacher entropy is the H of the token wei
 
 def survivors(job_: Job, mask: Mask) -> Params:
     """The layers that a mask keeps, with what it merges into them."""
-    whole = laco.merge(job_.params, job_.cfg, mask.merges) if mask.merges else job_.params
-    return decoder.take_layers(whole, job_.cfg, mask.keep)
+    return laco.survivors(job_.params, job_.cfg, mask.keep, mask.merges)
 
 
 def recover(job_: Job, mask: Mask, folder: pathlib.Path, held_out: Windows | None = None) -> Params:

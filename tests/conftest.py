@@ -23,7 +23,7 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from e3jax import mesh
+from e3jax import devices, mesh
 from e3jax.config import Data
 from words_tiny import BOS, VOCAB
 
@@ -54,7 +54,7 @@ def hopper_kernels(monkeypatch):
         pytest.skip("JAX before 0.12 cannot interpret them")
     from jax._src.pallas.mosaic_gpu.interpret.params import force_gpu_interpret_mode
 
-    monkeypatch.setattr(mesh, "is_hopper", lambda: True)
+    monkeypatch.setattr(devices, "is_hopper", lambda: True)
     with force_gpu_interpret_mode():
         yield
 

@@ -64,7 +64,7 @@ def test_what_it_is_for(monkeypatch):
 NUMBERS = """
 import functools
 import jax, jax.numpy as jnp, numpy as np
-from e3jax import mesh
+from e3jax import devices, mesh
 from e3jax.models import attention, cudnn
 from test_cudnn import packed_segments
 
@@ -95,7 +95,7 @@ for rows, time, documents, heads, groups, width in (
         heads = ("batch", None, "heads", "groups", None)
         q, g = (jax.device_put(x, mesh.sharding(heads)) for x in (q, g))
         k, v = (jax.device_put(x, mesh.sharding(heads[:3] + heads[4:])) for x in (k, v))
-        assert mesh.platform() == "gpu" and cudnn.suits(time, width, q.dtype, documents)
+        assert devices.platform() == "gpu" and cudnn.suits(time, width, q.dtype, documents)
         kernel = attention.make_attention(segments, (None,), width, q.dtype, documents)
         found = jax.jit(functools.partial(outcome, kernel))(q, k, v)
         dense = attention.by_mask(segments, (None,))

@@ -14,7 +14,8 @@ from e3jax.errors import UserError
 from e3jax.evaluate import exact, table
 from e3jax.evaluate.figures import make_figures
 from e3jax.models import decoder
-from e3jax.models.generate import make_greedy
+from e3jax.models.generate import make_generator
+from e3jax.models.serve import generate
 from training_tiny import CFG, KEEP, dense_params, random_batch, set_mesh
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
@@ -113,13 +114,14 @@ def test_a_model_is_at_no_distance_from_itself():
 EOS = 2
 
 
-def solve_planted(monkeypatch, problems, texts, *, ended=True, **changes):
+def solve_planted(monkeypatch, problems, texts, *, ended=True, limits=None, **changes):
     """The answers a model with these texts would be given."""
     tokenizer = load_tokenizer(files.bundled("demo/model"))
     prompts = []
 
-    def planted(greedy, params, ids, batch, tell):
+    def planted(generator, params, ids, batch, limit, tell):
         prompts.extend(ids)
+        (limits if limits is not None else []).append(limit)
         for text in texts:
             found = tokenizer(text, add_special_tokens=False)["input_ids"]
             yield [*found, EOS] if ended else found
@@ -179,9 +181,7 @@ def test_answer_pattern_of_the_configuration(monkeypatch):
 
 def test_answers_stay_inside_the_context(monkeypatch):
     limits = []
-    keep_limit = lambda cfg, *, max_new_tokens, **_: limits.append(max_new_tokens)
-    monkeypatch.setattr(exact, "make_greedy", keep_limit)
-    solve_planted(monkeypatch, ["5"], ["answer : 5"], max_new_tokens=1000)
+    solve_planted(monkeypatch, ["5"], ["answer : 5"], max_new_tokens=1000, limits=limits)
     assert limits == [CFG.max_position - 2]
 
 
@@ -195,9 +195,9 @@ def test_a_real_model_is_asked(monkeypatch):
     (answer,) = exact.solve(
         params, cfg, [Problem(ids, "p", "5")], tokenizer, spec, eos=[], dtype=jnp.float32
     )
-    greedy = make_greedy(cfg, dtype=jnp.float32, max_new_tokens=5, eos=[])
-    expected = greedy(params, jnp.array([ids]), jnp.ones((1, len(ids)), jnp.int32))[0]
-    assert answer.text == tokenizer.decode(np.asarray(expected), skip_special_tokens=True)
+    generator = make_generator(cfg, dtype=jnp.float32, eos=[])
+    (expected,) = generate(generator, params, [ids], 1, 5)
+    assert answer.text == tokenizer.decode(expected, skip_special_tokens=True)
     assert not answer.ended
 
 

@@ -14,7 +14,8 @@ from e3jax.hf.export import export
 from e3jax.hf.families import from_hf, read_config, to_hf
 from e3jax.hf.load import load_params
 from e3jax.models import decoder
-from e3jax.models.generate import generate, make_greedy
+from e3jax.models.generate import make_generator
+from e3jax.models.serve import generate
 from hf_tiny import (
     SIZES,
     assert_same_logits,
@@ -280,8 +281,8 @@ def test_greedy_answers_equal_transformers(tmp_path, family, changes):
         theirs = model.generate(
             torch.as_tensor(prompts), max_new_tokens=16, do_sample=False, eos_token_id=None
         )[:, 13:]
-    greedy = make_greedy(cfg, dtype=jnp.float32, max_new_tokens=16, eos=())
-    ours = list(generate(greedy, load_params(folder, cfg), prompts.tolist(), 2))
+    generator = make_generator(cfg, dtype=jnp.float32, eos=())
+    ours = list(generate(generator, load_params(folder, cfg), prompts.tolist(), 2, 16))
     assert ours == theirs.tolist()
     assert len({tuple(row) for row in ours}) == 2
 

@@ -14,7 +14,8 @@ from e3jax.hf.families import read_config
 from e3jax.hf.load import load_params
 from e3jax.models import decoder
 from e3jax.models import generate as generate_module
-from e3jax.models.generate import generate, left_pad, make_greedy
+from e3jax.models.generate import make_generator
+from e3jax.models.serve import generate, left_pad
 from hf_tiny import save_tiny
 from training_tiny import set_mesh
 
@@ -87,8 +88,8 @@ def loaded(folder):
 
 def ours(folder, prompts, new=NEW, eos=(), batch=8):
     cfg, params = loaded(folder)
-    greedy = make_greedy(cfg, dtype=jnp.float32, max_new_tokens=new, eos=eos)
-    return list(generate(greedy, params, prompts, batch))
+    generator = make_generator(cfg, dtype=jnp.float32, eos=eos)
+    return list(generate(generator, params, prompts, batch, new))
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +117,15 @@ def test_layers_apart_give_the_same_answers(tmp_path, case, monkeypatch):
     stacked = ours(folder, prompts)
     monkeypatch.setattr(mesh, "platform", lambda: "gpu")
     cfg, params = loaded(folder)
-    greedy = make_greedy(cfg, dtype=jnp.float32, max_new_tokens=NEW, eos=())
-    weights = greedy.prepare(params)
+    generator = make_generator(cfg, dtype=jnp.float32, eos=())
+    weights = generator.prepare(params)
     assert len(weights["layers"]) == cfg.num_layers
-    assert len(greedy.begin(weights, *left_pad(prompts, 32)).cache) == cfg.num_layers
-    assert greedy.prepare(weights) is weights and weights["embed"] is params["embed"]
+    slots = generator.empty(weights, rows=8, columns=64, sampled=False)
+    assert len(slots.cache) == cfg.num_layers
+    assert generator.prepare(weights) is weights and weights["embed"] is params["embed"]
     with jax.set_mesh(mesh.make_mesh(data=2, devices=jax.devices()[:2])):  # XLA would gather all
-        assert isinstance(greedy.prepare(params)["layers"], dict)
-    assert list(generate(greedy, params, prompts, 8)) == stacked
+        assert isinstance(generator.prepare(params)["layers"], dict)
+    assert list(generate(generator, params, prompts, 8, NEW)) == stacked
 
 
 def test_a_cache_in_order_of_time_gives_the_same_answers(llama, monkeypatch):
@@ -137,11 +139,11 @@ def test_a_cache_in_order_of_time_gives_the_same_answers(llama, monkeypatch):
 def test_weights_are_cast_once_but_norms(tmp_path):
     """In bfloat16, from float32 masters: what is multiplied is what a layer would cast."""
     cfg, params = loaded(save_tiny(tmp_path, "qwen2"))
-    weights = make_greedy(cfg, dtype=jnp.bfloat16, max_new_tokens=4, eos=()).prepare(params)
+    weights = make_generator(cfg, dtype=jnp.bfloat16, eos=()).prepare(params)
     for path, w in jax.tree_util.tree_leaves_with_path(weights):
         name = path[-1].key
         assert w.dtype == (jnp.float32 if name.endswith("norm") else jnp.bfloat16), name
-    again = make_greedy(cfg, dtype=jnp.bfloat16, max_new_tokens=4, eos=()).prepare(weights)
+    again = make_generator(cfg, dtype=jnp.bfloat16, eos=()).prepare(weights)
     same = jax.tree.map(lambda x, y: x is y, again, weights)
     assert all(jax.tree.leaves(same))  # nothing to cast, so nothing is copied
 
@@ -165,17 +167,18 @@ def test_stops_at_any_of_several_ends(llama):
 
 
 def test_stops_when_every_row_has_ended(llama):
-    """The loop itself ends: a step after the last end would be seen in the answer's length."""
+    """The loop itself ends: no step is taken for slots that are free."""
     cfg, params = loaded(llama)
     prompts = random_prompts((9, 9))
     free = ours(llama, prompts)
-    ends = [free[0][0], free[1][0]]
-    steps = []
-    greedy = make_greedy(cfg, dtype=jnp.float32, max_new_tokens=10_000, eos=ends)
+    generator = make_generator(cfg, dtype=jnp.float32, eos=[free[0][0], free[1][0]])
+    slots = generator.empty(params, rows=2, columns=32, sampled=False)
     tokens, segments = left_pad(prompts, 16)
-    out = np.asarray(greedy(params, tokens, segments))  # minutes, if it did not
-    assert out[:, 0].tolist() == [free[0][0], free[1][0]] and (out[:, 1:] == -1).all()
-    assert not steps
+    new = generate_module.Arrival(tokens, segments, np.arange(2), np.full(2, 20), None)
+    slots = generator.admit(params, slots, new)
+    slots, said = generator.go_on(params, slots, np.ones(2, bool), np.int32(2), np.int32(100))
+    assert int(slots.column) == 1 and not slots.left.any()
+    assert said[:, 0].tolist() == [free[0][0], free[1][0]] and (said[:, 1:] == -1).all()
 
 
 @pytest.mark.parametrize("new", [1, 2, 7])
@@ -209,7 +212,7 @@ def test_eight_devices_give_the_same_answers(llama, sizes):
     with set_mesh(*sizes):
         places = jax.tree.map(lambda s: s.sharding, decoder.abstract_params(cfg))
         spread = jax.tree.map(jax.device_put, params, places)
-        greedy = make_greedy(cfg, dtype=jnp.float32, max_new_tokens=NEW, eos=ends)
+        generator = make_generator(cfg, dtype=jnp.float32, eos=ends)
         assert mesh.current() is not None
-        answers = list(generate(greedy, spread, prompts, 8))
+        answers = list(generate(generator, spread, prompts, 8, NEW))
     assert answers == ours(llama, prompts, eos=ends)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from e3jax import mesh
+from e3jax import devices
 from e3jax.models import grouped, moe
 from e3jax.models.config import Experts
 
@@ -78,7 +78,7 @@ def test_a_mixture_is_the_same_by_kernels(rng, hopper_kernels, monkeypatch, join
         return jnp.sum(moe.mixture(w, x, experts, jax.nn.silu).astype(jnp.float32) ** 2)
 
     found = jax.value_and_grad(loss, (0, 1))(w, x)
-    monkeypatch.setattr(mesh, "is_hopper", lambda: False)
+    monkeypatch.setattr(devices, "is_hopper", lambda: False)
     wanted = jax.value_and_grad(loss, (0, 1))(w, x)
     for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
         scale = float(jnp.max(jnp.abs(b)))

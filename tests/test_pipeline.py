@@ -268,7 +268,7 @@ def test_failed_verification_leaves_nothing(copy, place, monkeypatch, capsys):
 
 def test_greedy_answers_are_compared(copy, place, monkeypatch, capsys):
     shutil.rmtree(copy / "export")
-    other = lambda greedy, params, prompts, batch: ([5] for _ in prompts)
+    other = lambda generator, params, prompts, batch, count: ([5] for _ in prompts)
     monkeypatch.setattr(outputs, "generate", other)
     assert command(place, "export", f"out={copy}") == 2
     assert "a greedy answer of transformers differs from ours" in capsys.readouterr().err

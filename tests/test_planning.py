@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from e3jax import cli, config, configure, job, mesh
+from e3jax import cli, config, configure, devices, job, mesh
 from e3jax.errors import UserError
 from e3jax.hf import families, folders, hub
 from e3jax.models import attention, decoder, rope
@@ -205,10 +205,10 @@ def test_gpu_steps_are_those_with_the_kernel(dtype):
     with jax.set_mesh(compile.open_mesh(chips.parse("h100:8"), run.mesh)):
         for inputs in (compile.search_inputs, compile.train_inputs):
             step, arguments = inputs(run, MODEL, "float32")
-            with mesh.standing_for("gpu"):
+            with devices.standing_for("gpu"):
                 text = str(step.trace(*arguments).jaxpr)
             assert ("320,320" in text) == (dtype == "float32")
-            assert mesh.platform() == "cpu"
+            assert devices.platform() == "cpu"
 
 
 def with_problems(run, **evaluate):
@@ -325,13 +325,13 @@ def test_documented_commands_share_their_batches():
     """The runs of docs/scaling.md, in their order, on the devices that each of them is for."""
     text = (ROOT / "docs" / "scaling.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"run\.py run ([^\n'>]*)", text)
-    for command, devices in zip(commands, (8, 32, 32, 64), strict=True):
+    for command, count in zip(commands, (8, 32, 32, 64), strict=True):
         words = command.split()
         overrides = [word for word in words if "=" in word]
         run = configure.load_run(ROOT / words[words.index("--config") + 1], overrides)
         size = run.mesh.replica * run.mesh.model
         with jax.sharding.use_abstract_mesh(
-            mesh.abstract_mesh(run.mesh.replica, devices // size, run.mesh.model)
+            mesh.abstract_mesh(run.mesh.replica, count // size, run.mesh.model)
         ):
             job.check_batches(run, "run")
 

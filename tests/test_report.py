@@ -272,6 +272,7 @@ def test_ledger_tells_what_an_attempt_took_and_how_it_ended(tmp_path, monkeypatc
 # ---------------------------------------------------------------- in a browser
 
 
+@pytest.mark.slow
 def test_in_a_browser(tmp_path):
     names = ("chromium", "chromium-browser", "google-chrome")
     browser = next(filter(None, map(shutil.which, names)), None)
@@ -282,6 +283,7 @@ def test_in_a_browser(tmp_path):
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,800", "--dump-dom"]
     done = subprocess.run([*command, place.as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     found = Page(done.stdout)
     assert found.count("rect") > 20 and found.count("polyline") == 5
     assert found.count("svg") == 5 + 5  # figures, the slider's among them, and keys of curves

@@ -20,7 +20,8 @@ from e3jax import config, mesh
 from e3jax.distill import distill, losses
 from e3jax.evaluate.figures import make_figures
 from e3jax.models import decoder
-from e3jax.models.generate import generate, make_greedy
+from e3jax.models.generate import make_generator
+from e3jax.models.serve import generate
 from e3jax.search import gumbel, search
 from e3jax.selectors import removal, similarity
 from e3jax.selectors.selection import Calibration
@@ -224,10 +225,10 @@ def test_teacher_topk(sizes):
 
 
 def answers(name):
-    greedy = make_greedy(MODELS[name], dtype=jnp.float32, max_new_tokens=12, eos=[7])
+    generator = make_generator(MODELS[name], dtype=jnp.float32, eos=[7])
     rng = np.random.default_rng(0)
     prompts = [rng.integers(8, 64, length).tolist() for length in (5, 9, 1, 12, 7, 3, 15, 2)]
-    return list(generate(greedy, placed(name), prompts, 8))
+    return list(generate(generator, placed(name), prompts, 8, 12))
 
 
 def check_answers(found, want):

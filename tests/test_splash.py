@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from e3jax import mesh
+from e3jax import devices, mesh
 from e3jax.models import attention, decoder, generate, splash
 from e3jax.models.config import ModelConfig
 from training_tiny import set_mesh
@@ -200,7 +200,7 @@ def squares(text):
 
 def test_compiles_for_v5p_with_two_kinds_of_windows(tpu_mesh):
     with jax.set_mesh(tpu_mesh("v5p:2x2x1")):
-        assert mesh.platform() == "tpu" and jax.default_backend() == "cpu"
+        assert devices.platform() == "tpu" and jax.default_backend() == "cpu"
         traced = trace_step(dataclasses.replace(TPU_CFG, head_dim=128), "selective")
         text = traced.lower().compile().as_text()
     assert kernels(text) == ["dkv", "dkv", "dq", "dq", "fwd", "fwd"]  # none is run again
@@ -226,11 +226,15 @@ def test_decoding_compiles_for_v5p(tpu_mesh, rows):
         prompts = jax.ShapeDtypeStruct(
             (rows, LONG), jnp.int32, sharding=mesh.sharding(("batch", None))
         )
-        greedy = generate.make_greedy(cfg, dtype=jnp.bfloat16, max_new_tokens=512, eos=[1])
+        generator = generate.make_generator(cfg, dtype=jnp.bfloat16, eos=[1])
         params = decoder.abstract_params(cfg, jnp.bfloat16)
-        text = greedy.begin.lower(params, prompts, prompts).compile().as_text()
-        state = jax.eval_shape(greedy.begin, params, prompts, prompts)
-        go_on = greedy.go_on.lower(params, state).compile()
+        arguments = generate.abstract_arguments(generator, params, rows, LONG + 512)
+        state = arguments[1]
+        number = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=mesh.sharding(("batch",)))
+        new = generate.Arrival(prompts, prompts, number, number, None)
+        admit = generator.admit.lower(params, state, new).compile()
+        go_on = generator.go_on.lower(*arguments).compile()
+    text = admit.as_text()
     after = go_on.as_text()
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
     assert go_on.memory_analysis().temp_size_in_bytes < whole / 4  # devices; so no copy of it

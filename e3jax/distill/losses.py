@@ -158,9 +158,7 @@ def positions(shape: tuple[int, ...], chunk: int) -> int:
     Were `chunk` counted over all devices, a pod would multiply a few positions at a time.
     """
     rows, time = shape[:2]
-    set_mesh = mesh.current()
-    shards = 1 if set_mesh is None else mesh.axis_size(set_mesh, mesh.BATCH)
-    return min(time, max(1, chunk // -(-rows // shards)))
+    return min(time, max(1, chunk // -(-rows // mesh.row_shards())))
 
 
 def split_time(x: jax.Array, size: int) -> jax.Array:

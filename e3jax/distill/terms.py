@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e3jax import config, mesh
+from e3jax import config, devices, mesh
 from e3jax.models.head import Head
 
 SAMPLE = 1024  # outcomes whose greatest logit stands for the greatest of all
@@ -148,7 +148,7 @@ def compare(z_q: jax.Array, z_p: jax.Array, targets: jax.Array) -> Compared:
 
 
 def _compare(z_q: jax.Array, z_p: jax.Array, targets: jax.Array) -> tuple[Compared, Any]:
-    sums = one_pass if mesh.platform() == "gpu" and not mesh.is_sharded(z_q, -1) else two_passes
+    sums = one_pass if devices.platform() == "gpu" and not mesh.is_sharded(z_q, -1) else two_passes
     found, normalisers = sums(z_q, z_p, targets)
     return found, (z_q, z_p, targets, *normalisers)
 
@@ -177,7 +177,7 @@ def one_pass(z_q: jax.Array, z_p: jax.Array, targets: jax.Array) -> tuple[Compar
     more than NEAR for any token, all is done again, `online`.
     """
     ref_q, ref_p = (jnp.max(z[..., :SAMPLE], -1) for z in (z_q, z_p))
-    by_kernel = mesh.is_hopper() and z_q.ndim == 3 and z_q.shape[-1] % 128 == 0
+    by_kernel = devices.is_hopper() and z_q.ndim == 3 and z_q.shape[-1] % 128 == 0
     sums_below = _below_by_kernel if by_kernel else _below
     top_q, top_p, at_top, at_target, *sums = sums_below(z_q, z_p, ref_q, ref_p, targets)
     far = jnp.any((top_q > NEAR) | (top_p > NEAR))

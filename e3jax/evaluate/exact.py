@@ -10,7 +10,8 @@ from e3jax.data.text import Problem
 from e3jax.errors import UserError
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Params
-from e3jax.models.generate import generate, make_greedy
+from e3jax.models.generate import make_generator
+from e3jax.models.serve import generate
 from e3jax.progress import Progress
 
 
@@ -66,12 +67,17 @@ def solve(
     """Greedy answers to all problems, in order."""
     pattern = answer_pattern(spec.answer)
     limit = min(spec.max_new_tokens, cfg.max_position - max(len(p.prompt_ids) for p in problems))
-    greedy = make_greedy(cfg, dtype=dtype, max_new_tokens=limit, eos=eos)
+    generator = make_generator(cfg, dtype=dtype, eos=eos)
     prompts = [p.prompt_ids for p in problems]
     answers: list[Answer] = []
     with Progress("problems solved", len(problems)) as shown:
         found = generate(
-            greedy, params, prompts, spec.batch, lambda tokens: shown.advance(len(answers), tokens)
+            generator,
+            params,
+            prompts,
+            spec.batch,
+            limit,
+            tell=lambda tokens: shown.advance(len(answers), tokens),
         )
         for problem, ids in zip(problems, found, strict=True):
             text = tokenizer.decode(ids, skip_special_tokens=True)

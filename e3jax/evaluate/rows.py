@@ -19,6 +19,7 @@ class Row:
     exact_match: float | None  # share of problems, None without test problems
     problems: int
     tokens: int  # spent to get here, by masked or student models
+    tasks: dict[str, float] = dataclasses.field(default_factory=dict)  # of evaluate.tasks
 
     def shown(self) -> dict[str, str]:
         """The row as text, for tables."""
@@ -32,7 +33,7 @@ class Row:
             "top-1": f"{100 * self.agreement:.1f} %",
             "perplexity": f"{self.perplexity:.3f}",
             "tokens": f"{self.tokens / 1e6:,.2f} M",
-        }
+        } | {name: f"{value:.4f}" for name, value in self.tasks.items()}
 
 
 def beside(folder: pathlib.Path, model: str, kind: str) -> pathlib.Path:

@@ -1,6 +1,7 @@
 """The table of a run: every model measured the same way, once."""
 
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from e3jax import files, job, processes
-from e3jax.evaluate import load
+from e3jax.evaluate import lm_eval, load
 from e3jax.evaluate.answers import flips, samples
 from e3jax.evaluate.behaviour import Decile, deciles, make_tokens
 from e3jax.evaluate.exact import Answer, solve
@@ -60,7 +61,8 @@ def _once(
     job_: Job, model: str, keep: Sequence[int], params: Any, inputs: dict[str, Any], tokens: int
 ) -> Row:
     """Measures a model unless its file is there, made from the same model, data and settings."""
-    spec = job_.run.evaluate
+    spec = dataclasses.asdict(job_.run.evaluate)
+    tasks, folder = spec.pop("tasks"), spec.pop("task_path")
     path = beside(job_.out / "evaluate", model, "json")
     facts = job_.inputs(
         **inputs,
@@ -69,7 +71,31 @@ def _once(
         test=files.fingerprint(job_.problems) if job_.run.data.test else None,
         deciles=10,
     )
-    return Row(**job.once(path, facts, lambda: _measure(job_, model, keep, params(), tokens, path)))
+    made = functools.cache(params)  # at most once, for both
+    measured = job.once(path, facts, lambda: _measure(job_, model, keep, made(), tokens, path))
+    if not tasks:
+        return Row(**measured)
+
+    def figures() -> dict[str, dict[str, float]]:
+        batch, cfg = job.rows_per_batch(spec["batch"]), job_.cfg.take_layers(keep)
+        subject = lm_eval.Subject(
+            cfg, made(), job_.tokenizer, job_.eos, job_.dtype, batch, job_.run.seed
+        )
+        return lm_eval.figures(subject, tasks, folder)
+
+    facts = job_.inputs(**inputs, **lm_eval.facts(tasks, folder))
+    found = job.once(beside(path.parent, model, "tasks.json"), facts, figures)
+    return Row(**measured | {"tasks": metrics(found)})
+
+
+def metrics(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """`task metric` of what the harness gave, without standard errors."""
+    return {
+        f"{task} {name.removesuffix(',none')}": value
+        for task, values in found.items()
+        for name, value in values.items()
+        if "_stderr" not in name and name != "sample_len"
+    }
 
 
 def _measure(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from e3jax import mesh
+from e3jax import devices, mesh
 from e3jax.models import cudnn, recompute, splash
 from e3jax.models.config import ModelConfig
 from e3jax.models.product import precision
@@ -43,13 +43,13 @@ def make_attention(
     most, None where that is not known. cap: of the scores, soft. sinks: it is given those of the
     layer too, [K, G], see `attend_by_head`.
     """
-    time, platform = segments_bt.shape[1], mesh.platform()
+    time, platform = segments_bt.shape[1], devices.platform()
     if platform == "tpu" and splash.suits(time, head_dim):
         return by_splash(segments_bt, windows, cap)
     if cap is not None or sinks:  # cuDNN's attention, as JAX calls it, has neither
         return by_mask(segments_bt, windows, cap)
     whole = see_all(windows, time)
-    if platform == "gpu" and whole and mesh.is_stood_for():
+    if platform == "gpu" and whole and devices.is_stood_for():
         if cudnn.takes(time, head_dim, dtype, documents or 1):
             return _as_wide(lambda kind, q, k, v: _memory_of_kernel(q, k, v))
     elif platform == "gpu" and whole and cudnn.suits(time, head_dim, dtype, documents):

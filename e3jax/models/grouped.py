@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from e3jax import mesh
+from e3jax import devices
 from e3jax.models.params import Params
 from e3jax.models.product import precision
 
@@ -62,7 +62,7 @@ class Groups(NamedTuple):
 
 def block_of(matrices: Params, dtype: Any) -> int:
     """Places of a block, for products of these matrices: 1 where `ragged_dot` is to multiply."""
-    if dtype not in (jnp.bfloat16, jnp.float16) or not mesh.is_hopper():
+    if dtype not in (jnp.bfloat16, jnp.float16) or not devices.is_hopper():
         return 1
     from e3jax.models import hopper
 
@@ -76,7 +76,7 @@ def lay(group_a: jax.Array, count: int, block: int) -> Groups:
     keep their order: the same sums whatever else there is."""
     rows = len(group_a)
     places = rows if block == 1 else -(-(rows + count * (block - 1)) // block) * block
-    order = jnp.argsort(group_a)  # stable
+    order = jnp.argsort(group_a).astype(jnp.int32)  # stable
     sizes = jnp.sum(group_a[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
     filled = -(-sizes // block) * block
     # Of each group and of none: how many places further its rows lie than without blocks.

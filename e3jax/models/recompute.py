@@ -23,7 +23,7 @@ from typing import Any, Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from e3jax import mesh
+from e3jax import devices
 from e3jax.models import cudnn
 
 Remat = Literal["none", "elementwise", "selective", "layer"]
@@ -60,6 +60,6 @@ def compiler_options() -> dict[str, bool]:
     On GPUs: what a scan keeps for backward is not filled with zeros before it is written, which
     takes 6.6 of the 394 ms of a search step of 16,384 tokens (Qwen3-1.7B, H200).
     """
-    if mesh.platform() != "gpu" or mesh.is_stood_for():
+    if devices.platform() != "gpu" or devices.is_stood_for():
         return {}
     return {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
-from e3jax import mesh
+from e3jax import devices, mesh
 from e3jax.models import recompute
 
 LANES = 128  # the least block, in tokens
@@ -134,5 +134,5 @@ def _kernel(block: int, count: int, num_heads: int, window: int | None, cap: flo
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=recompute.KEPT,
-        interpret=mesh.platform() != "tpu",
+        interpret=devices.platform() != "tpu",
     )

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from e3jax import config, job, mesh
+from e3jax import config, devices, job, mesh
 from e3jax.distill import distill, losses
 from e3jax.errors import UserError
 from e3jax.models import decoder, generate
@@ -209,25 +209,25 @@ class _Decoding:
 
 
 def _decoding(run: config.Run, cfg: ModelConfig, params: Any) -> _Decoding:
-    """The jitted function that decodes, traced for the state after the prompts."""
+    """The jitted function that decodes, traced."""
     prompt, answer = decoded(run, cfg)
     dtype = job.DTYPES[run.model.dtype]
-    greedy = generate.make_greedy(cfg, dtype=dtype, max_new_tokens=answer, eos=(0,))
-    tokens = decoder.abstract_batch(job.rows_per_batch(run.evaluate.batch), prompt).tokens
-    weights = greedy.prepare(params)
+    generator = generate.make_generator(cfg, dtype=dtype, eos=(0,))
+    rows = job.rows_per_batch(run.evaluate.batch)
+    weights = generator.prepare(params)
     read = set(map(id, jax.tree.leaves(weights)))
-    state = jax.eval_shape(greedy.begin, weights, tokens, tokens)
+    arguments = generate.abstract_arguments(generator, weights, rows, prompt + answer)
     return _Decoding(
-        traced=greedy.go_on.trace(weights, state),
-        bytes=local_bytes((weights, state)),
-        cache=local_bytes(state.cache),
+        traced=generator.go_on.trace(*arguments),
+        bytes=local_bytes(arguments),
+        cache=local_bytes(arguments[1].cache),
         idle=local_bytes([x for x in jax.tree.leaves(params) if id(x) not in read]),
     )
 
 
 def _as_there(topology: Topology) -> contextlib.AbstractContextManager[None]:
     """Where CPU devices stand for GPUs, what is traced within is what GPUs would run."""
-    return contextlib.nullcontext() if topology.is_tpu else mesh.standing_for("gpu")
+    return contextlib.nullcontext() if topology.is_tpu else devices.standing_for("gpu")
 
 
 def _compile(

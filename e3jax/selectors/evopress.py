@@ -140,8 +140,7 @@ def first_windows(batches: Sequence[Batch], tokens: int) -> Sequence[Batch]:
 
     Of room, not of real tokens: each process knows its own rows alone, and all have to agree.
     """
-    set_mesh = mesh.current()
-    shards = 1 if set_mesh is None else mesh.axis_size(set_mesh, mesh.BATCH)
+    shards = mesh.row_shards()
     here, time = batches[0].tokens.shape
     each = -(-tokens // (time * shards))  # windows a shard
     rows = each * len(mesh.rows_here(shards))

@@ -88,6 +88,14 @@ def sweep(
     return _counted(calibration, find)
 
 
+def survivors(
+    params: Params, cfg: ModelConfig, keep: Sequence[int], merges: Sequence[Merge]
+) -> Params:
+    """The layers `keep` of a dense model, with what is merged into them."""
+    whole = merge(params, cfg, merges) if merges else params
+    return decoder.take_layers(whole, cfg, keep)
+
+
 def merge(params: Params, cfg: ModelConfig, merges: Iterable[Merge]) -> Params:
     """The dense model's parameters with `merges` done: still all layers, of which
     `decoder.take_layers` takes those that stay.
