@@ -26,8 +26,8 @@ import numpy as np  # noqa: E402
 import yaml  # noqa: E402
 
 from e3jax import configure, job, recovery  # noqa: E402
-from e3jax.comparison import apart  # noqa: E402
 from e3jax.evaluate.behaviour import make_tokens  # noqa: E402
+from e3jax.evaluate.intervals import apart  # noqa: E402
 from e3jax.mask import read_mask  # noqa: E402
 
 

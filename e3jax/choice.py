@@ -66,7 +66,7 @@ def search_mask(job_: Job) -> Mask:
     )
     figures = make_figures(cfg, cfg, dtype=job_.dtype, chunk=run.distill.chunk)
     held_out = list(job.ordered(job_.held_out, spec.together, spec.score_windows))
-    held_tokens = float(np.count_nonzero(job_.held_out.segments[: spec.score_windows]))
+    held_tokens = float(job_.held_out.filled(spec.score_windows))
     take_step = search.make_search_step(
         cfg, spec, seed=run.seed, dtype=job_.dtype, remat=run.model.remat, chunk=run.distill.chunk
     )
@@ -206,7 +206,8 @@ def _recovered_best(
     folder, found = job_.out / "search" / "candidates", []
     here = job_.having(out=folder, run=dataclasses.replace(job_.run, distill=recipe))
     held_out = job_.held_out.first(spec.swap_windows)
-    scored = float(2 * np.count_nonzero(held_out.segments))  # before the first step, after the last
+    # Held-out windows before the first step and after the last, and what the fit before it takes.
+    scored = 2.0 * held_out.filled(spec.swap_windows) + job_.train.filled(recipe.fit)
     for answer in answers:
         keep = tuple(np.flatnonzero(gumbel.answer(answer.theta, **fixed)).tolist())
         mask = Mask(len(layers), keep, order=tuple(i for i in layers if i not in keep))

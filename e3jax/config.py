@@ -218,7 +218,7 @@ class Search:
 @strict
 class Distill:
     mask: str | None = Field(default=None, description="mask file; none = this run's search")
-    steps: int = Field(default=1000, ge=1, description="optimiser steps")
+    steps: int = Field(default=1000, ge=0, description="optimiser steps")
     batch: int = Field(default=64, ge=1, description="windows a step")
     microbatch: int | None = Field(
         default=None, ge=1, description="windows a forward pass; divides batch"
@@ -243,9 +243,10 @@ class Distill:
         description="weight of the distance between the layers' residual streams and the dense"
         " model's",
     )
-    temperature: float = Field(
-        default=1.0, gt=0, description="distillation temperature T; the loss carries T**2"
+    fit: int = Field(
+        default=0, ge=0, description="windows that mlps are fitted to by least squares at first"
     )
+    temperature: float = Field(default=1.0, gt=0, description="T; the loss carries T**2")
     ce: float = Field(
         default=0.0, ge=0, le=1, description="share of the loss that is next-token cross-entropy"
     )
@@ -377,9 +378,7 @@ class Run:
     seed: int = Field(default=0, ge=0, description="decides every random draw")
     deterministic: bool = Field(default=False, description="bitwise repeatable on GPU, slower")
     keep_checkpoints: int = Field(default=2, ge=1, description="that stay, beside the best one")
-    wandb: str | None = Field(
-        default=None, description="Weights & Biases project for the scalars (pip install wandb)"
-    )
+    wandb: str | None = Field(default=None, description="Weights & Biases project, if installed")
     model: Model = Field(default=Model(), description="the model")
     mesh: Mesh = Field(default=Mesh(), description="devices")
     data: Data = Field(default=Data(), description="data")

@@ -9,9 +9,10 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from e3jax import config, files, job, teaching
+from e3jax import config, files, job, mesh, teaching
 from e3jax.data.windows import Windows
 from e3jax.distill import distill
+from e3jax.distill.least_squares import fitted
 from e3jax.errors import UserError
 from e3jax.evaluate.figures import make_figures
 from e3jax.job import Job
@@ -66,6 +67,11 @@ def recover(job_: Job, mask: Mask, folder: pathlib.Path, held_out: Windows | Non
 
     def start() -> Params:
         params = survivors(job_, mask)
+        if recipe.fit:
+            windows = job.ordered(job_.train, recipe.together, recipe.fit)
+            batches = [mesh.shard_batch(batch) for batch in windows]
+            log.info("%s: the mlps are fitted to %d windows", folder.name, recipe.fit)
+            params = fitted(job_.params, job_.cfg, mask.keep, params, batches, dtype=job_.dtype)
         if stored is not None:
             job_.release()
         return params
@@ -161,7 +167,7 @@ def train_student(
         return arrays
 
     decides = dataclasses.asdict(recipe)
-    for key in (*NO_RESULT, *(() if recipe.hidden else ("hidden",))):
+    for key in (*NO_RESULT, *(key for key in ("hidden", "fit") if not decides[key])):
         del decides[key]
     state = fit(
         name,

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from e3jax import mesh
+from e3jax import devices, mesh
 from e3jax.hf.families import read_config
 from e3jax.hf.load import load_params
 from e3jax.models import decoder
@@ -115,7 +115,7 @@ def test_layers_apart_give_the_same_answers(tmp_path, case, monkeypatch):
     folder = save_tiny(tmp_path, family, **changes)
     prompts = random_prompts()
     stacked = ours(folder, prompts)
-    monkeypatch.setattr(mesh, "platform", lambda: "gpu")
+    monkeypatch.setattr(devices, "platform", lambda: "gpu")
     cfg, params = loaded(folder)
     generator = make_generator(cfg, dtype=jnp.float32, eos=())
     weights = generator.prepare(params)

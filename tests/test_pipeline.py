@@ -236,6 +236,17 @@ def test_another_configuration_is_refused(place, no_work, capsys):
     assert "dtype_out: 'source' -> 'bfloat16'" in capsys.readouterr().err
 
 
+def test_fitted_and_nothing_trained(place, copy):
+    """Least squares alone is a recovery: nearer on windows that it has not seen."""
+    shutil.rmtree(copy / "distill")
+    only = ("distill.fit=40", "distill.steps=0")
+    assert command(place, "distill", f"out={copy}", *only) == 0
+    steps, (fitted,) = steps_and_figures(copy)
+    raw = steps_and_figures(place / "out")[1][0]
+    assert raw["step"] == fitted["step"] == 0 and not steps
+    assert fitted["held_out_kl"] < 0.9 * raw["held_out_kl"]
+
+
 def test_what_the_model_cannot_have_is_told_before_it_is_read(place, tmp_path, monkeypatch, capsys):
     def never(*_, **__):
         raise AssertionError("weights were read")

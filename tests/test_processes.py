@@ -460,7 +460,7 @@ with jax.set_mesh(mesh.make_mesh()):
 """
 
 
-@pytest.mark.parametrize("whose", ["0", "1"])
+@pytest.mark.parametrize("whose", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_a_save_that_fails_in_one_process(place, whose):
     """That one says why, and no other waits for it: Orbax's threads would, for ever."""
     folder = place / f"full-{whose}"

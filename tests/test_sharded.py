@@ -39,11 +39,14 @@ K = 5
 
 
 def cases(text):
-    """Parametrises by lines of `mesh model case`."""
-    lines = [line.split() for line in text.strip().splitlines()]
-    values = [(BY_NAME[m], *rest) for m, *rest in lines]
-    names = ("sizes", "name", "case")[: len(lines[0])]
-    return pytest.mark.parametrize(names, values, ids=list(map("-".join, lines)))
+    """Parametrises by lines of `mesh model case`, those of slow tests with a star."""
+    values = []
+    for line in text.strip().splitlines():
+        m, *rest = line.removesuffix("*").split()
+        marks = [pytest.mark.slow] if line.endswith("*") else []
+        values.append(pytest.param(BY_NAME[m], *rest, id="-".join((m, *rest)), marks=marks))
+    names = ("sizes", "name", "case")[: 1 + len(rest)]
+    return pytest.mark.parametrize(names, values)
 
 
 EVERY_MESH = cases("""
@@ -101,8 +104,8 @@ search_is_the_same = same_as_one_device(search_step, check_search)
 
 
 @cases("""
-1x8x1 odd mixed
 1x2x4 odd mixed
+1x8x1 odd mixed *
 1x2x4 odd-norms mixed
 1x2x4 even mixed
 2x2x2 odd score
@@ -199,12 +202,12 @@ train_is_the_same = same_as_one_device(train_step, check_train)
 
 @cases("""
 1x8x1 odd online
-1x2x4 odd online
+1x2x4 odd online *
 1x4x2 parallel online
 1x2x4 even online
-1x8x1 even stored
+1x8x1 even stored *
 1x2x4 odd stored
-1x4x2 even plain
+1x4x2 even plain *
 2x2x2 odd plain
 2x2x2 sparse online
 """)

@@ -62,6 +62,10 @@ class Windows:
             fingerprint=f"{self.fingerprint}/first {count}",
         )
 
+    def filled(self, count: int) -> int:
+        """Places of the first `count` that are not padding."""
+        return int(np.count_nonzero(self.segments[:count]))
+
     @functools.cached_property
     def documents(self) -> int:
         """How many a window has at most."""

@@ -44,7 +44,7 @@ def measure_student(
     """Figures of a recovered model, which is asked for where it was not measured before."""
     inputs = files.read_json(job_.out / stage / "checkpoints" / "inputs.json")
     recipe = job_.run.distill
-    tokens = mask.tokens + int(_spent(job_.out / stage))
+    tokens = mask.tokens + job_.train.filled(recipe.fit) + int(_spent(job_.out / stage))
     return _once(job_, model, mask.keep, student, {"stage": inputs, "of": recipe}, tokens)
 
 

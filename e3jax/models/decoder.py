@@ -258,9 +258,11 @@ def last_norm(params: Params, h_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
     return norm(params, "final_norm", h_btd, cfg)
 
 
-def applier(batch: Batch, cfg: ModelConfig, dtype: Any) -> Callable[..., jax.Array]:
-    """A (weights, residual stream, index of the layer, options of `layer`) -> residual stream after
-    it, for a batch."""
+def applier(
+    batch: Batch, cfg: ModelConfig, dtype: Any, of: Callable[..., Any] = layer
+) -> Callable[..., Any]:
+    """A (weights, residual stream, index of the layer, options) -> residual stream after it, for a
+    batch. of: what is computed of a layer, with `layer`'s arguments."""
     ropes, rope_of = rope_kinds(cfg)
     angles = rope.make_angles(batch.positions, ropes, cfg.rope_dim)
     kinds, kind_of = window_kinds(cfg)
@@ -269,10 +271,10 @@ def applier(batch: Batch, cfg: ModelConfig, dtype: Any) -> Callable[..., jax.Arr
         batch.segments, kinds, cfg.head_dim, dtype, batch.documents, cfg.attention_cap, cfg.sinks
     )
 
-    def apply(w: Params, h: jax.Array, index: Any, **options: Any) -> jax.Array:
+    def apply(w: Params, h: jax.Array, index: Any, **options: Any) -> Any:
         cos_sin = angles(None if rope_of is None else jnp.asarray(rope_of)[index])
         see = functools.partial(attend, kind_l[index])
-        return layer(w, h, cos_sin, see, cfg, **options)
+        return of(w, h, cos_sin, see, cfg, **options)
 
     return apply
 

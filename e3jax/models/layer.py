@@ -41,6 +41,24 @@ def layer(
     attention gives it are latent vectors (latent.py). watch: is given what the feed-forward network
     reads.
     """
+    h_btd, x = attended(w, h_btd, cos_sin, attend, cfg, absorbed=absorbed)
+    if watch is not None:
+        watch(x)
+    y = feed_forward(w, x, cfg)
+    return recompute.keep(h_btd + _added(w, "mlp_out_norm", y, cfg))
+
+
+def attended(
+    w: Params,
+    h_btd: jax.Array,
+    cos_sin: tuple[jax.Array, jax.Array],
+    attend: Attend,
+    cfg: ModelConfig,
+    *,
+    absorbed: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """A layer's first half: the residual stream with attention in it, and what the feed-forward
+    network reads."""
     x = norm(w, "attn_norm", h_btd, cfg)
     if cfg.latent is not None:
         y = latent.attention(w, x, cos_sin, attend, cfg, absorbed=absorbed)
@@ -50,10 +68,7 @@ def layer(
     if not cfg.parallel:
         h_btd = recompute.keep(h_btd)
         x = norm(w, "mlp_norm", h_btd, cfg)
-    if watch is not None:
-        watch(x)
-    y = feed_forward(w, x, cfg)
-    return recompute.keep(h_btd + _added(w, "mlp_out_norm", y, cfg))
+    return h_btd, x
 
 
 def _added(w: Params, norm_name: str, y_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
@@ -117,19 +132,24 @@ def mlp(w: Params, x_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
 
 
 def gated(w: Params, x_btd: jax.Array, prefix: str, activation: Callable) -> jax.Array:
-    """down(activation(gate x) * up x) of the matrices whose names begin with `prefix`; without a
-    gate down(activation(up x))."""
+    """down(`activations`) of the matrices whose names begin with `prefix`."""
+    y = activations(w, x_btd, prefix, activation)
+    y = project("btf,df->btd", y, w[f"{prefix}down"], ("batch", None, None))
+    return _with_bias(w, y, f"{prefix}down")
 
-    def with_bias(y: jax.Array, name: str) -> jax.Array:
-        bias = w.get(f"{prefix}{name}_bias")
-        return y if bias is None else y + bias.astype(y.dtype)
+
+def activations(w: Params, x_btd: jax.Array, prefix: str, activation: Callable) -> jax.Array:
+    """activation(gate x) * up x, [B, T, F]; without a gate activation(up x)."""
 
     def wide(name: str) -> jax.Array:
         y = project("btd,fd->btf", x_btd, w[prefix + name], ("batch", None, "mlp"))
-        return recompute.keep_large(with_bias(y, name))
+        return recompute.keep_large(_with_bias(w, y, prefix + name))
 
     has_gate = f"{prefix}gate" in w
     y = activation(wide("gate" if has_gate else "up"))
-    y = y * wide("up") if has_gate else y
-    y = project("btf,df->btd", y, w[f"{prefix}down"], ("batch", None, None))
-    return with_bias(y, "down")
+    return y * wide("up") if has_gate else y
+
+
+def _with_bias(w: Params, y: jax.Array, name: str) -> jax.Array:
+    bias = w.get(f"{name}_bias")
+    return y if bias is None else y + bias.astype(y.dtype)

@@ -58,7 +58,7 @@ def make_budget(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Budget:
     if search.candidates > 1:  # each is scored before its first step and after its last
         steps = search.candidate_steps * distill.batch
         tried = search.candidates * (steps + 2 * search.swap_windows)
-    distill_tokens = distill.steps * distill.batch * window
+    stepped = distill.steps * distill.batch * window
     dtype = source_dtype if run.export.dtype == "source" else run.export.dtype
     return Budget(
         layers=cfg.num_layers,
@@ -69,8 +69,8 @@ def make_budget(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Budget:
         search_tokens=searched * (search.steps * search.batch * search.masks_per_window * window),
         scoring_tokens=searched * scored * window,
         candidate_tokens=searched * tried * window,
-        distill_tokens=distill_tokens,
-        teacher_cache_bytes=estimate_bytes(distill_tokens, distill.top_k)
+        distill_tokens=stepped + distill.fit * window,
+        teacher_cache_bytes=estimate_bytes(stepped, distill.top_k)
         if distill.teacher == "cache"
         else 0,
         checkpoint_bytes=12 * after,  # parameters and two moments, float32
