@@ -72,6 +72,8 @@ def fitted(
             w["down"] = _solved(w["down"], functools.reduce(_added, parts), of_student)
             student = _with_down(student, run.stack, place, w["down"])
         streams = [after_own(w, h, b, number) for h, b in zip(streams, batches, strict=True)]
+        # Not all layers at once in the queue: on CPUs their sums over devices could wait forever.
+        jax.block_until_ready((streams, aims))
     return student
 
 
