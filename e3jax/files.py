@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 SAMPLED_ABOVE = 256 * 2**20  # bytes; larger weight files are hashed by samples
 SAMPLE = 2**20
+LEDGER = "ledger.jsonl"  # of a run folder: what each stage took
 
 
 def bundled(path: str) -> pathlib.Path:

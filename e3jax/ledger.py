@@ -18,9 +18,8 @@ from typing import Any
 
 import jax
 
-from e3jax import __version__, processes
+from e3jax import __version__, files, processes
 
-LEDGER = "ledger.jsonl"
 FROM_S = 1.0  # what was finished before and only read back takes less, and is no cost
 
 
@@ -42,7 +41,10 @@ def stage(out: pathlib.Path, name: str) -> Iterator[None]:
         if seconds >= FROM_S and processes.is_first():
             line = {"stage": name, "begun": at.isoformat(timespec="seconds"), "ended": ended}
             line |= {"seconds": round(seconds, 1), **_memory(), **_where()}
-            with contextlib.suppress(OSError), open(out / LEDGER, "a", encoding="utf-8") as file:
+            with (
+                contextlib.suppress(OSError),
+                open(out / files.LEDGER, "a", encoding="utf-8") as file,
+            ):
                 file.write(json.dumps(line) + "\n")
 
 

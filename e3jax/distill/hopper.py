@@ -11,10 +11,12 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 
+from e3jax.models.hopper import kernel
+
 LANES = 128  # the vocabulary is a multiple of it
 GROUPS = 16  # of lanes, read at a time
 STAGES = 4  # of the pipeline from memory
-PROGRAMS = 264  # two for each of a Hopper's multiprocessors
+PROGRAMS = 2  # of a multiprocessor
 LEAST = np.float32(-1e30)  # e^LEAST is 0, LEAST e^LEAST too
 
 
@@ -75,12 +77,5 @@ def row_sums(
             for place, x in enumerate(sums, 3):
                 out_ref[row, place] = jnp.sum(x)
 
-    kernel = gpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((rows, 8), jnp.float32),
-        grid=(PROGRAMS,),
-        grid_names=("sm",),
-        compiler_params=gpu.CompilerParams(lowering_semantics=gpu.LoweringSemantics.Warpgroup),
-    )
     by_lanes = (z.reshape(rows, vocabulary // LANES, LANES) for z in (z_q, z_p))
-    return kernel(*by_lanes, ref_q, ref_p, targets)
+    return kernel(body, (rows, 8), jnp.float32, PROGRAMS)(*by_lanes, ref_q, ref_p, targets)

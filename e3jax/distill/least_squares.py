@@ -65,12 +65,11 @@ def fitted(
             aims = [after(dense, h, b, done) for h, b in zip(aims, batches, strict=True)]
             done += 1
         run = next(r for r in of_student.runs if r.first <= number < r.first + r.count)
-        place = number - run.first + run.at
-        w = jax.tree.map(lambda stack: stack[place], student[run.stack])  # noqa: B023
+        w = decoder.weights_of(student, run, number)
         if "down" in w and "mlp_out_norm" not in w:
             parts = [sums(w, *x, number) for x in zip(streams, aims, batches, strict=True)]
             w["down"] = _solved(w["down"], functools.reduce(_added, parts), of_student)
-            student = _with_down(student, run.stack, place, w["down"])
+            student = _with_down(student, run.stack, number - run.first + run.at, w["down"])
         streams = [after_own(w, h, b, number) for h, b in zip(streams, batches, strict=True)]
         # Not all layers at once in the queue: on CPUs their sums over devices could wait forever.
         jax.block_until_ready((streams, aims))

@@ -75,7 +75,7 @@ def lay(group_a: jax.Array, count: int, block: int) -> Groups:
     """Rows in order of their group, int32 [A] of 0 to count; count stands for none. Rows of a group
     keep their order: the same sums whatever else there is."""
     rows = len(group_a)
-    places = rows if block == 1 else -(-(rows + count * (block - 1)) // block) * block
+    places = -(-(rows + count * (block - 1)) // block) * block
     order = jnp.argsort(group_a).astype(jnp.int32)  # stable
     sizes = jnp.sum(group_a[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
     filled = -(-sizes // block) * block

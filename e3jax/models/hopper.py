@@ -79,7 +79,7 @@ def _rows_by_matrices(x: jax.Array, w: jax.Array, group: jax.Array, axis: int) -
                 sums = pl.run_scoped(multiply, ACC((BLOCK, WIDTH)))
                 _store(sums, y_ref.at[pl.ds(row * BLOCK, BLOCK), pl.ds(column * WIDTH, WIDTH)])
 
-    return _kernel(body, (rows, width), x.dtype)(group, x, w)
+    return kernel(body, (rows, width), x.dtype)(group, x, w)
 
 
 def _rows_by_rows(left: jax.Array, right: jax.Array, group: jax.Array, count: int) -> jax.Array:
@@ -125,7 +125,7 @@ def _rows_by_rows(left: jax.Array, right: jax.Array, group: jax.Array, count: in
             place = pl.ds(row * BLOCK, BLOCK), pl.ds(column * WIDTH, WIDTH)
             _store(sums, out_ref.at[(of, *place)])
 
-    return _kernel(body, (count, height, width), left.dtype)(first, left, right)
+    return kernel(body, (count, height, width), left.dtype)(first, left, right)
 
 
 def _store(sums: jax.Array, out) -> None:
@@ -137,11 +137,12 @@ def _store(sums: jax.Array, out) -> None:
         gpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _kernel(body, shape: tuple[int, ...], dtype):
+def kernel(body, shape: tuple[int, ...], dtype, programs: int = 1):
+    """A kernel of so many programs a multiprocessor, along the axis `sm`, each a warpgroup."""
     return gpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(shape, dtype),
-        grid=(132,),  # a Hopper's multiprocessors
+        grid=(132 * programs,),  # a Hopper's multiprocessors
         grid_names=("sm",),
         compiler_params=gpu.CompilerParams(lowering_semantics=gpu.LoweringSemantics.Warpgroup),
     )

@@ -19,7 +19,6 @@ from e3jax.hf.aside import RECORD
 from e3jax.report import records
 from e3jax.training.metrics import read_metrics
 
-LEDGER = "ledger.jsonl"  # ledger.py, which writes it, needs jax
 SAMPLES = 12  # problems shown
 
 
@@ -176,7 +175,7 @@ def _samples(ours: Sequence[str], given: dict[str, list[dict[str, Any]]]) -> lis
 
 
 def _costs(out: pathlib.Path, mask: records.Kept | None) -> list[Cost]:
-    lines = files.read_lines(out / LEDGER)
+    lines = files.read_lines(out / files.LEDGER)
     tokens: dict[str, int] = {}
     teacher: dict[str, int] = {}
     for stage in records.recoveries(out):
@@ -209,7 +208,7 @@ def _costs(out: pathlib.Path, mask: records.Kept | None) -> list[Cost]:
 def _versions(out: pathlib.Path) -> list[str]:
     """What the run ran on, each once."""
     found = []
-    for line in files.read_lines(out / LEDGER):
+    for line in files.read_lines(out / files.LEDGER):
         commit = f", commit {line['commit']}" if line["commit"] else ""
         found.append(
             f"e3jax {line['e3jax']}{commit}, jax {line['jax']}, Python {line['python']}, "
