@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from e3jax import cli, config, configure, files, job
+from e3jax import cli, commands, config, configure, files, job
 from e3jax.hf.export import export_new
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
@@ -316,7 +316,7 @@ def test_train(refused, overrides, message):
 # ---------------------------------------------------------------- dry run, help
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", commands.COMMANDS)
 def test_dry_run_prints_the_plan_and_touches_nothing(place, capsys, command):
     before = contents(place)
     arguments = ["--topology", "v5e:2x2"] if command == "plan" else []
@@ -346,13 +346,13 @@ def test_a_dry_run_needs_no_device(place):
     )
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", commands.COMMANDS)
 def test_help_lists_the_keys(command, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main([command, "--help"])
     assert left.value.code == 0
     printed = capsys.readouterr().out
-    _, _, sections = cli.COMMANDS[command]
+    _, _, sections = commands.COMMANDS[command]
     wanted = {key: t for key, t in configure.known_keys().items() if key.split(".")[0] in sections}
     assert len(wanted) >= 3
     missing = [key for key, text in wanted.items() if key not in printed or text not in printed]
@@ -361,7 +361,7 @@ def test_help_lists_the_keys(command, capsys):
 
 
 def test_every_section_is_in_some_help():
-    shown = {section for _, _, sections in cli.COMMANDS.values() for section in sections}
+    shown = {section for _, _, sections in commands.COMMANDS.values() for section in sections}
     assert {field.name for field in dataclasses.fields(config.Run)} == shown
 
 
@@ -384,7 +384,7 @@ def test_wrong_usage(arguments, capsys):
 
 def test_options_and_overrides_in_any_order():
     given = "run search.keep=3 --config x.yaml seed=1 --dry-run out=y".split()
-    options = cli._parse(given)
+    options = commands.parse(given)
     assert options.dry_run and options.config == "x.yaml"
     assert sorted(options.overrides) == ["out=y", "search.keep=3", "seed=1"]
 

@@ -36,7 +36,7 @@ ORDER = (
     {"choice"},
     {"from_mask", "inspection", "outputs", "report"},
     {"rehearsal", "comparison"},
-    {"pipeline"},
+    {"commands", "pipeline"},
     {"cli"},
 )
 RANK = {name: rank for rank, group in enumerate(ORDER) for name in group}
