@@ -161,12 +161,13 @@ def rows_for_width(x_btd: jax.Array) -> jax.Array:
 
 
 def on_own_rows(fn: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """`fn`, a kernel, by each device on its rows of the arrays, each [B, ...] and otherwise whole,
-    inside jit; its result too has them on axis 0."""
+    """`fn`, a kernel, by each device on its rows of the arrays, [B, ...], inside jit; its result has
+    them on axis 0 too."""
     if current() is None:
         return fn(*arrays)
     rows = P(BATCH)
-    return jax.shard_map(fn, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
+    whole = (jax.sharding.reshard(x, rows) for x in arrays)  # an axis of one device has a name too
+    return jax.shard_map(fn, in_specs=rows, out_specs=rows, check_vma=False)(*whole)
 
 
 def on_own_heads(

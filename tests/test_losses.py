@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from e3jax import mesh
+from e3jax import devices, mesh
 from e3jax.distill import losses, terms
 from e3jax.distill.losses import Objective, Online, TopK
 from e3jax.errors import UserError
@@ -193,6 +194,24 @@ def test_comparison_by_kernel(hopper_kernels, offset):
     for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     assert found[0].kl[0, 0] == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 1)])
+def test_the_kernel_on_a_mesh(hopper_kernels, monkeypatch, shape):
+    """The search's loss, its gradient in the hidden states and its sums, head and rows sharded."""
+    monkeypatch.setattr(devices, "platform", lambda: "gpu")
+    rng, o = np.random.default_rng(0), Objective(chunk=16)
+    x = problem(b=4) | {n: rng.normal(size=(256, D)).astype(np.float32) for n in ("head", "head_t")}
+    total, _, *expected = dense(x, o, None)
+    count = math.prod(shape)
+    with jax.set_mesh(mesh.make_mesh(*shape, devices=jax.devices()[:count])):
+        rows = mesh.shard_batch({n: x[n] for n in ("h", "targets", "mask", "h_t")})
+        place = mesh.sharding(("vocab", "embed"))
+        head, head_t = (jax.device_put(x[n], place) for n in ("head", "head_t"))
+        sums, *found = chunked(rows["h"], head, rows, Online(rows["h_t"], head_t), o)
+    np.testing.assert_allclose(np.sum(sums.loss), total, rtol=1e-4)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_any_chunk_size_gives_the_same():
