@@ -161,8 +161,8 @@ def rows_for_width(x_btd: jax.Array) -> jax.Array:
 
 
 def on_own_rows(fn: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """`fn`, a kernel, by each device on its rows of the arrays, [B, ...], inside jit; its result has
-    them on axis 0 too."""
+    """`fn`, a kernel, by each device on its rows of the arrays, [B, ...], inside jit. Axis 0 of its
+    result has rows too."""
     if current() is None:
         return fn(*arrays)
     rows = P(BATCH)
