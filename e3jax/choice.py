@@ -23,8 +23,8 @@ from e3jax.job import Job
 from e3jax.mask import Mask, read_mask
 from e3jax.models.config import ModelConfig
 from e3jax.progress import strip
-from e3jax.search import exchange, gumbel, search
-from e3jax.search.exchange import Measured
+from e3jax.search import gumbel, refine, search
+from e3jax.search.refine import Measured
 from e3jax.selectors import registry, removal, similarity
 from e3jax.selectors.selection import Calibration, Task
 from e3jax.training.loop import fit
@@ -32,7 +32,7 @@ from e3jax.training.metrics import read_metrics
 
 log = logging.getLogger(__name__)
 
-RACE = 4  # windows of a step of the exchanges' races
+RACE = 4  # windows that a batch of the refinement has
 
 
 def search_mask(job_: Job) -> Mask:
@@ -154,7 +154,7 @@ def _answers(
         lines = processes.from_first(lambda: read_metrics(job_.out / "search"))
         scored = [x for x in lines if "held_out_kl" in x]
         found = [
-            Measured(np.array(x["theta"], np.float32), exchange.finite(x["held_out_kl"]))
+            Measured(np.array(x["theta"], np.float32), refine.finite(x["held_out_kl"]))
             for x in scored
         ]
         best, answers = Measured(theta, float(state.best_kl)), {}
@@ -181,8 +181,19 @@ def _answers(
 
     count = -(-windows // RACE)
     budget = -(-spec.swaps * spec.score_windows // min(RACE, windows))
-    found = exchange.refine(
-        theta, score, batches=count, budget=budget, answers=max(1, spec.candidates), **fixed
+    seen = refine.drawn(
+        np.asarray(state.drawn), np.asarray(state.log_loss), fixed["keep"], spec.masks_per_window
+    )
+    found = refine.refine(
+        theta,
+        seen,
+        score,
+        batches=count,
+        windows=min(RACE, windows),
+        budget=budget,
+        seed=job_.run.seed,
+        answers=max(1, spec.candidates),
+        **fixed,
     )
     return found, spent
 
@@ -221,7 +232,7 @@ def _recovered_best(
             lines = processes.from_first(lambda: read_metrics(place))
             kl = [x["held_out_kl"] for x in lines if x["step"] == steps and "held_out_kl" in x]
             tokens = scored + sum(line.get("tokens", 0.0) for line in lines)
-            return {"kl": exchange.finite(kl[-1]) if kl else math.inf, "tokens": tokens}
+            return {"kl": refine.finite(kl[-1]) if kl else math.inf, "tokens": tokens}
 
         facts = here.inputs(
             keep=keep,

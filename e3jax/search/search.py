@@ -37,6 +37,8 @@ class SearchState:
     best_theta: jax.Array  # float32 [L], whose answer had the least held-out KL
     best_kl: jax.Array  # float32, that KL in nats a token
     tokens: jax.Array  # float32, processed by masked models so far
+    drawn: jax.Array  # bool [steps, W * M, L], the masks of each step
+    log_loss: jax.Array  # float32 [steps, W * M], of each, nats a token; NaN before they are drawn
 
 
 def resolve_keep(keep: int | float | None, num_layers: int) -> int:
@@ -83,6 +85,7 @@ def make_theta_optimizer(spec: config.Search) -> optax.GradientTransformation:
 def init_state(theta_l: jax.Array, spec: config.Search) -> SearchState:
     """The state before the first step."""
     theta = jnp.array(theta_l, jnp.float32)  # a copy: the step takes the state's memory
+    rows = (spec.steps, spec.batch * spec.masks_per_window)
     return SearchState(
         step=jnp.int32(0),
         theta=theta,
@@ -91,6 +94,8 @@ def init_state(theta_l: jax.Array, spec: config.Search) -> SearchState:
         best_theta=jnp.array(theta),
         best_kl=jnp.float32(jnp.inf),
         tokens=jnp.float32(0),
+        drawn=jnp.zeros((*rows, len(theta)), bool),
+        log_loss=jnp.full(rows, jnp.nan, jnp.float32),
     )
 
 
@@ -181,6 +186,7 @@ def make_search_step(
             grad = gumbel.score_gradient(state.theta, draw, advantages(sums))
         if spec.estimator == "mixed":
             grad = grad + through * _norm(grad) / jnp.maximum(_norm(through), 1e-12)
+        log_loss = jnp.log(mesh.place(sums.loss / sums.weight, (None, None)).ravel())
         theta, opt_state, norm, finite = optim.update(optimizer, grad, state.opt_state, state.theta)
         gate_scale = jnp.where(finite, gate_scale, state.gate_scale)
         tokens = masks * jnp.sum(batch.segments > 0).astype(jnp.float32)
@@ -198,6 +204,8 @@ def make_search_step(
             opt_state=opt_state,
             gate_scale=gate_scale,
             tokens=state.tokens + tokens,
+            drawn=state.drawn.at[state.step].set(draw.keep),
+            log_loss=state.log_loss.at[state.step].set(log_loss),
         )
         return state, metrics
 

@@ -1,0 +1,186 @@
+"""The end of the search: what its masks told, followed up under a budget of held-out scores.
+
+Ours, not the paper's. The masks that the steps drew were all scored, and then forgotten but for
+theta, which knows of no pairs of layers. A surrogate of them proposes answers; each round's are
+scored on the same windows and added to what it knows. Then races settle which of them is best.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from e3jax.search import gumbel, surrogate
+from e3jax.search.surrogate import Scored
+
+RECENT = 2000  # masks of the search that are looked at, the last ones: a matrix of N x N is solved
+ROUND = 8  # answers proposed together: the surrogate's best, and the best of samples of it
+STARTS = 8  # of the surrogate's descents, drawn as the search draws masks
+SHARE = 0.5  # of the budget, for proposals; the rest is the races'
+SURE = 1.5  # standard errors by which one answer is worse or better than another
+LEAST_WORSE, LEAST_BETTER = 2, 4  # batches before that is believed
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """An answer that was measured on all batches."""
+
+    theta: np.ndarray  # float32 [L], whose TopK it is
+    kl: float  # nats a token; inf where it is not finite
+
+
+def refine(
+    theta_l: np.ndarray,
+    seen: Scored,
+    score: Callable[[np.ndarray, int], tuple[float, float]],
+    *,
+    batches: int,
+    windows: int,
+    keep: int,
+    protect_l: np.ndarray,
+    force_l: np.ndarray,
+    budget: int,
+    seed: int,
+    answers: int = 1,
+) -> list[Measured]:
+    """The best `answers` of those proposed and raced, measured on all batches, the best first.
+
+    theta: the search's. seen: the masks it scored. score: (kept layers as bool [L], number of a
+    batch) -> (KL to the dense model, tokens), sums over `windows` windows. Ends before `budget`
+    batches are exceeded; what is measured for the result comes on top. An answer's theta has its
+    entries in another order.
+    """
+    fixed = (keep, protect_l, force_l)
+    start = gumbel.answer(theta_l, *fixed)
+    parts: dict[bytes, dict[int, tuple[float, float]]] = {start.tobytes(): {}}
+    spent = 0
+
+    def has(kept: np.ndarray, number: int) -> bool:
+        return number in parts.get(kept.tobytes(), ())
+
+    def measured(kept: np.ndarray, number: int) -> tuple[float, float]:
+        """KL and tokens of a batch."""
+        nonlocal spent
+        seen = parts.setdefault(kept.tobytes(), {})
+        if number not in seen:
+            seen[number] = score(kept, number)
+            spent += 1
+        return seen[number]
+
+    def race(kept: np.ndarray, best: np.ndarray) -> bool | None:
+        """Whether an answer is better than the best; None where the budget is over before."""
+        gaps = []
+        for number in range(batches):
+            if spent + sum(not has(each, number) for each in (kept, best)) > budget:
+                return None
+            theirs, ours = measured(best, number)[0], measured(kept, number)[0]
+            gaps.append(ours - theirs if np.isfinite(theirs) else -math.inf)
+            if (better := _verdict(np.array(gaps), len(gaps) == batches)) is not None:
+                return better
+        raise AssertionError("there is no batch")
+
+    rng = np.random.default_rng(seed)
+    scales, known, number = surrogate.fit_scales(seen), seen, 0
+    while True:
+        found = _proposals(theta_l, known, scales, rng, fixed)
+        new = sum(not has(kept, number) for kept in found)
+        if not new or spent + new > SHARE * budget:
+            break
+        kl, tokens = np.array([measured(kept, number) for kept in found]).T
+        log_kl = np.log(np.maximum(kl / np.maximum(tokens, 1.0), gumbel.LOSS_FLOOR))
+        known = known.and_(scored(~np.array(found), log_kl, windows))
+        number = (number + 1) % batches
+    pool = np.array([np.frombuffer(name, bool) for name in parts])
+    expected = surrogate.posterior(known, surrogate.fit_scales(known), 0, rng)[0](~pool)
+    best, *others = pool[np.argsort(expected, kind="stable")]
+    for kept in others:
+        if (better := race(kept, best)) is None:
+            break
+        best = kept if better else best
+
+    def behind(kept: np.ndarray) -> float:
+        """By how much an answer is worse than the best, on the batches that both have seen."""
+        seen, ours = parts[kept.tobytes()], parts[best.tobytes()]
+        gaps = [seen[n][0] - ours[n][0] for n in seen.keys() & ours.keys()]
+        return finite(np.mean(gaps)) if gaps else math.inf
+
+    results = []
+    for kept in [best, *sorted((x for x in pool if np.any(x != best)), key=behind)][:answers]:
+        kl, tokens = np.sum([measured(kept, n) for n in range(batches)], axis=0)
+        results.append(Measured(_theta_of(kept, theta_l), finite(kl / max(tokens, 1.0))))
+    return sorted(results, key=lambda result: result.kl)
+
+
+def scored(removed_nl: np.ndarray, log_kl: np.ndarray, windows: int) -> Scored:
+    """Masks [N, L] that were scored on the same so many windows; those that overflow count as e
+    times the worst of the others, or they would be proposed again."""
+    fine = np.isfinite(log_kl)
+    worst = log_kl[fine].max(initial=0.0) + 1.0
+    count = len(log_kl)
+    group, each = np.zeros(count, int), np.full(count, float(windows))
+    return Scored(removed_nl, np.where(fine, log_kl, worst), group, each)
+
+
+def drawn(
+    keep_srl: np.ndarray, log_loss_sr: np.ndarray, keep: int, masks_per_window: int
+) -> Scored:
+    """The last masks of the search that keep so many layers. Those of one window are a group; where
+    each window has one, those of a step are, and how windows differ is noise."""
+    steps, rows, layers = keep_srl.shape
+    each = masks_per_window if masks_per_window > 1 else rows
+    group = np.arange(steps * rows) // each
+    kept, log_loss = keep_srl.reshape(-1, layers), log_loss_sr.ravel()
+    (fine,) = np.nonzero(np.isfinite(log_loss) & (kept.sum(axis=1) == keep))
+    fine = fine[-RECENT:]
+    return Scored(~kept[fine], log_loss[fine], group[fine], np.ones(len(fine)))
+
+
+def finite(kl: float) -> float:
+    """What an answer's KL counts as: a masked model that overflows is the worst."""
+    return float(kl) if np.isfinite(kl) else math.inf
+
+
+def _proposals(
+    theta_l: np.ndarray,
+    known: Scored,
+    scales: surrogate.Scales,
+    rng: np.random.Generator,
+    fixed: tuple[int, np.ndarray, np.ndarray],
+) -> list[np.ndarray]:
+    """Answers, bool [L] each and no two the same, that the surrogate or a sample of it (Thompson
+    sampling) has for the best."""
+    noise = rng.gumbel(size=(STARTS, len(theta_l)))
+    starts = [~gumbel.answer(theta, *fixed) for theta in [theta_l, *(theta_l + noise)]]
+    may_move = ~(fixed[1] | fixed[2])
+    found = {}
+    for model in surrogate.posterior(known, scales, ROUND - 1, rng):
+        ends = np.array([model.descend(removed, may_move) for removed in starts])
+        kept = ~ends[np.argmin(model(ends))]
+        found[kept.tobytes()] = kept
+    return list(found.values())
+
+
+def _theta_of(kept: np.ndarray, theta: np.ndarray) -> np.ndarray:
+    """theta's entries, those of an answer's layers the greatest, otherwise in their order. Equal
+    entries could not tell layers apart: then ranks."""
+    entries = np.sort(theta)[::-1]
+    if len(np.unique(entries)) < len(entries):
+        entries = np.arange(len(entries), 0, -1, dtype=theta.dtype)
+    found = np.empty_like(theta)
+    found[np.lexsort((-theta, ~kept))] = entries
+    return found
+
+
+def _verdict(gap: np.ndarray, all_of_them: bool) -> bool | None:
+    """Whether an answer is better than another, by the differences of their KL on some batches;
+    None: they do not tell."""
+    if not np.isfinite(gap).all():
+        return bool(gap[~np.isfinite(gap)].max() == -math.inf)
+    if len(gap) > 1:
+        error = SURE * gap.std(ddof=1) / math.sqrt(len(gap))
+        if len(gap) >= LEAST_WORSE and gap.mean() > error:
+            return False
+        if len(gap) >= LEAST_BETTER and gap.mean() < -error:
+            return True
+    return bool(gap.mean() < 0) if all_of_them else None
