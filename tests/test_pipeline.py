@@ -93,7 +93,7 @@ def no_work(monkeypatch):
         raise AssertionError("work was done again")
 
     monkeypatch.setattr(loop, "prefetch", fail)
-    monkeypatch.setattr(exact, "generate", fail)
+    monkeypatch.setattr(exact, "serve", fail)
     monkeypatch.setattr("e3jax.evaluate.table.make_figures", fail)
     monkeypatch.setattr("e3jax.evaluate.table.make_tokens", fail)
     monkeypatch.setattr("e3jax.selectors.similarity.block_influence", fail)

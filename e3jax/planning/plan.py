@@ -162,10 +162,11 @@ def _stages(
         found.append(stage(f"{name} recovery", counted.distill_tokens, distill, recipe.steps))
     if run.data.test:
         problems, (_, answer) = run.evaluate.rows or PROBLEMS, cost.decoded(run, cfg)
+        asked = problems * run.evaluate.samples
         models = 3 + 2 * len(run.evaluate.baselines)  # dense, and raw and recovered ones
         each = cost.decode_roofline(run, cfg, topology, mesh).seconds / 3600
-        times = models * math.ceil(problems / run.evaluate.batch) * answer
-        found.append(stage("decoding, at most", models * problems * answer, each, times))
+        times = models * math.ceil(asked / run.evaluate.batch) * answer
+        found.append(stage("decoding, at most", models * asked * answer, each, times))
     return found
 
 
