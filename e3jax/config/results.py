@@ -39,11 +39,13 @@ class Evaluate:
         description="regex: right is whose text by `answer` is the gold one's; math_verify: whose"
         " last \\boxed{} equals it as mathematics (needs math-verify)",
     )
-    samples: int = Field(default=1, ge=1, description="answers a problem; pass@1 is their mean")
+    samples: int = Field(
+        default=1, ge=1, description="answers to each problem; pass@1 is their mean"
+    )
     temperature: float = Field(default=0.0, ge=0, description="of sampling; 0 = greedy")
     top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus sampled from; 1 = all")
     top_k: int = Field(default=0, ge=0, lt=2**31, description="tokens sampled from; 0 = all")
-    seed: int = Field(default=0, ge=0, description="of sampling, a draw of its own each answer")
+    seed: int = Field(default=0, ge=0, description="of sampling; each answer has its own of it")
     baselines: tuple[Selector, ...] = Field(
         default=("shortgpt",), description="selectors given the same recovery"
     )

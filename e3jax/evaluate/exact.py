@@ -59,7 +59,7 @@ def solve(
     first = processes.is_first()
     with (
         open(path, "a", encoding="utf-8") if first else contextlib.nullcontext() as file,
-        Progress("problems solved", len(asked), done=len(there)) as shown,
+        Progress("answers given", len(asked), done=len(there)) as shown,
     ):
         for number, ids in serve(
             make_generator(cfg, dtype=dtype, eos=eos),

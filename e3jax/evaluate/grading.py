@@ -57,7 +57,7 @@ def open_grader(spec: config.Evaluate) -> Iterator[Grader]:
         yield by_value
         if equal.given_up:
             log.warning(
-                "%d answers that math-verify could not compare in %d s count as wrong",
+                "%d different answers that math-verify could not compare in %d s are wrong",
                 equal.given_up,
                 LIMIT_S,
             )

@@ -27,7 +27,7 @@ def solved(right: Sequence[int], samples: int) -> tuple[float, float]:
     """
     shares = np.array([0, samples, *right]) / samples
     alike = shares.var() / (shares.mean() * (1 - shares.mean()))  # 1: all of a problem are the same
-    count = len(right) / max(alike, 1 / samples)
+    count = len(right) / max(float(alike), 1 / samples)
     return wilson(sum(right) / samples / len(right) * count, count)
 
 

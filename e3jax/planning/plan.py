@@ -51,6 +51,7 @@ class Plan:
     decode_step: Roofline  # of the dense model
     decode_tokens: int  # of the longest answers
     decode_problems: int  # answered together
+    decode_samples: int  # answers to each
     search_tokens: int  # a step
     distill_tokens: int
     stages: tuple[Stage, ...]
@@ -119,6 +120,7 @@ def make_plan(
         decode_step=cost.decode_roofline(run, cfg, topology, mesh),
         decode_tokens=cost.decoded(run, cfg)[1],
         decode_problems=run.evaluate.batch,
+        decode_samples=run.evaluate.samples,
         search_tokens=run.search.batch * run.search.masks_per_window * run.data.window,
         distill_tokens=run.distill.batch * run.data.window,
         stages=tuple(_stages(run, cfg, topology, mesh, counted)),
@@ -251,7 +253,8 @@ def describe(plan: Plan) -> str:
     if plan.decode_memory is not None:
         lines.append(
             f"  decoding: {plan.decode_problems} at a time of {PROBLEMS} problems unless "
-            f"evaluate.rows says another number, all answers {plan.decode_tokens} tokens long"
+            f"evaluate.rows says another number, {plan.decode_samples} times each, all answers "
+            f"{plan.decode_tokens} tokens long"
         )
     lines += [
         "",
