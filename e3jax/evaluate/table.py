@@ -112,6 +112,8 @@ def _measure(
     """The fields of a Row; every answer, every window's KL and tokens, and the figures by the dense
     model's entropy go to files beside."""
     begun, spec, cfg = time.monotonic(), job_.run.evaluate, job_.cfg.take_layers(keep)
+    if processes.is_first():
+        path.unlink(missing_ok=True)  # a row of other settings: its answers are about to go
     tokens_of = make_tokens(job_.cfg, cfg, dtype=job_.dtype, chunk=job_.run.distill.chunk)
     each = tokens_of(job_.params, student, _measured(job_))
     found = each.figures()
