@@ -37,7 +37,9 @@ COMMANDS = {
     ),
     "evaluate": (
         "dense, pruned, recovered and baseline figures in one table",
-        """Perplexity, KL to the dense model, top-1 agreement and exact match by greedy decoding.
+        """Perplexity, KL to the dense model, top-1 agreement and exact match by greedy decoding,
+        or pass@1 of sampled answers (evaluate.samples, evaluate.temperature); graded by their text,
+        or as mathematics (evaluate.grader=math_verify). Answers are kept one by one.
         Stages before it run if they are unfinished, the baselines' recoveries included.""",
         ("evaluate", "data"),
     ),

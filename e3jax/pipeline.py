@@ -32,7 +32,7 @@ from e3jax import (
 )
 from e3jax.data import text
 from e3jax.errors import Diverged, UserError
-from e3jax.evaluate import lm_eval, table
+from e3jax.evaluate import grading, lm_eval, table
 from e3jax.hf import families, folders, hub
 from e3jax.job import Job
 from e3jax.mask import Mask, read_mask, warn_of_other
@@ -75,7 +75,7 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
         log.info("%s", _describe_model(job_))
         if command in ("run", "evaluate", "compare"):
             # What is wrong with them is told before the training.
-            _ = job_.problems, job_.measured
+            _ = job_.problems, job_.measured, grading.facts(run.evaluate)
             if run.evaluate.tasks:
                 lm_eval.known(run.evaluate.tasks, run.evaluate.task_path)
         job.record(run, out)

@@ -79,7 +79,7 @@ def shorten(run: config.Run, folder: pathlib.Path) -> config.Run:
         distill=dataclasses.replace(run.distill, cache=None, **SHORT),
         train=dataclasses.replace(run.train, recipe=dataclasses.replace(run.train.recipe, **SHORT)),
         evaluate=dataclasses.replace(
-            spec, rows=min(spec.batch, spec.rows or spec.batch), max_new_tokens=2
+            spec, rows=min(spec.batch, spec.rows or spec.batch), samples=1, max_new_tokens=2
         ),
     )
 

@@ -54,6 +54,14 @@ def test_an_unknown_key_in_a_list_is_found(tmp_path):
     assert "data.train.1.promt: unknown key; did you mean data.train.prompt?" in message
 
 
+@pytest.mark.parametrize("key", ["samples=4", "top_p=0.95", "top_k=20"])
+def test_greedy_answers_are_not_sampled(tmp_path, key):
+    assert "needs a temperature above 0" in refused(tmp_path, f"evaluate.{key}")
+    run = load(tmp_path, overrides=[f"evaluate.{key}", "evaluate.temperature=0.6"])
+    assert run.evaluate.grader == "regex"
+    assert "evaluate.grader" in refused(tmp_path, "evaluate.grader=latex")
+
+
 def test_a_key_like_no_other_gets_no_suggestion(tmp_path):
     assert refused(tmp_path, "zzzz=1").endswith("zzzz: unknown key")
 

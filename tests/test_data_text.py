@@ -213,6 +213,25 @@ def test_problems(tmp_path, tokenizer_folder, chat_folder):
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the chain-math checkpoint and data")
+def test_an_instruction_ends_the_prompt(tmp_path, tokenizer_folder, chat_folder, data):
+    """In plain prompts and the user's turn, of problems as of what is trained on."""
+    row = {"prompt": "w1 w2", "completion": "w3", "answer": "5"}
+    path = write(tmp_path / "rows.jsonl", [row])
+    chat = load_tokenizer(chat_folder(CHAT))
+    told = Source(path=path, format="chat", instruction=" w9")
+    assert problems(told, chat, 99)[0].prompt == "user: w1 w2 w9 <eos>\nassistant: "
+    plain = Source(path=path, instruction=" w9")
+    assert problems(plain, load_tokenizer(tokenizer_folder), 99)[0].prompt == "w1 w2 w9"
+    windows = tokenize([plain], data(), tokenizer_folder)
+    assert [words_of(ids) for ids, _ in documents(windows)] == ["<bos> w1 w2 w9 w3 <eos>"]
+    other = tokenize([Source(path=path)], data(), tokenizer_folder)
+    assert other.fingerprint != windows.fingerprint
+    turns = [{"role": "user", "content": "w1"}]
+    path = write(tmp_path / "turns.jsonl", [{"messages": turns, "answer": "5"}])
+    with pytest.raises(UserError, match="instruction"):
+        problems(Source(path=path, instruction=" w9"), chat, 99)
+
+
 def test_problem_prompts_begin_the_training_documents(data):
     folder, path = SHARED / "models/chain-math-24l", str(SHARED / "data/chain-math/test.jsonl")
     source = Source(path=path, rows=("0:50",))

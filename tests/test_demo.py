@@ -173,16 +173,23 @@ def test_bundled_model():
     assert sum(f.stat().st_size for f in (DEMO / "model").iterdir()) <= 8_000_000
 
 
-def test_bundled_model_solves_its_problems(one_device):
+def test_bundled_model_solves_its_problems(one_device, tmp_path):
     """At least 97 % exact: of 100 problems that it was not trained on."""
     run = configure.load_run("demo", ["evaluate.rows=100"])
     job_ = job.open_job(run)
     spec = dataclasses.replace(run.evaluate, batch=100)
-    problems, eos = job_.problems, job_.eos
-    answers = solve(
-        job_.params, job_.cfg, problems, job_.tokenizer, spec, eos=eos, dtype=job_.dtype
+    right = solve(
+        job_.params,
+        job_.cfg,
+        job_.problems,
+        job_.tokenizer,
+        spec,
+        eos=job_.eos,
+        dtype=job_.dtype,
+        path=tmp_path / "answers.jsonl",
+        inputs={},
     )
-    assert len(answers) == 100 and sum(a.correct for a in answers) >= 97
+    assert len(right) == 100 and sum(right) >= 97
 
 
 def test_command_line(tmp_path, monkeypatch):

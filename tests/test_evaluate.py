@@ -1,4 +1,4 @@
-"""Figures against dense formulas in float64, the bookkeeping of exact match, the table."""
+"""Figures against dense formulas in float64, the table."""
 
 import dataclasses
 
@@ -7,15 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from e3jax import config, files
-from e3jax.data.text import Problem, load_tokenizer
+from e3jax import files
 from e3jax.distill import losses
-from e3jax.errors import UserError
-from e3jax.evaluate import exact, table
+from e3jax.evaluate import table
 from e3jax.evaluate.figures import make_figures
 from e3jax.models import decoder
-from e3jax.models.generate import make_generator
-from e3jax.models.serve import generate
 from training_tiny import CFG, KEEP, dense_params, random_batch, set_mesh
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
@@ -109,98 +105,6 @@ def test_a_model_is_at_no_distance_from_itself():
     assert dataclasses.astuple(figures(dense, dense, nothing)) == (1.0, 0.0, 0.0, 0, ())
 
 
-# ---------------------------------------------------------------- exact match
-
-EOS = 2
-
-
-def solve_planted(monkeypatch, problems, texts, *, ended=True, limits=None, **changes):
-    """The answers a model with these texts would be given."""
-    tokenizer = load_tokenizer(files.bundled("demo/model"))
-    prompts = []
-
-    def planted(generator, params, ids, batch, limit, tell):
-        prompts.extend(ids)
-        (limits if limits is not None else []).append(limit)
-        for text in texts:
-            found = tokenizer(text, add_special_tokens=False)["input_ids"]
-            yield [*found, EOS] if ended else found
-
-    monkeypatch.setattr(exact, "generate", planted)
-    problems = [Problem((1, 5 + n), f"prompt {n}", a) for n, a in enumerate(problems)]
-    spec = config.Evaluate(**{"max_new_tokens": 8, "batch": 4, **changes})
-    answers = exact.solve({}, CFG, problems, tokenizer, spec, eos=[EOS], dtype=jnp.float32)
-    assert prompts == [p.prompt_ids for p in problems]
-    return answers
-
-
-def test_exact_match_bookkeeping(monkeypatch):
-    answers = solve_planted(
-        monkeypatch,
-        ["5", "12", "7", "5"],
-        ["sun = 5 ; answer : 5", "answer : 1", "sun = 7", "answer : 4 ; answer : 5"],
-    )
-    assert [a.correct for a in answers] == [True, False, False, True]
-    assert [a.found for a in answers] == ["5", "1", None, "5"]  # the last match counts
-    assert [a.expected for a in answers] == ["5", "12", "7", "5"]
-    assert answers[0].text == "sun = 5 ; answer : 5" and answers[0].prompt == "prompt 0"
-    assert all(a.ended for a in answers)
-
-
-def test_an_answer_that_was_cut_off(monkeypatch):
-    (answer,) = solve_planted(monkeypatch, ["5"], ["answer : 5 ; sun"], ended=False)
-    assert answer.correct and not answer.ended
-    (answer,) = solve_planted(monkeypatch, ["5"], [""], ended=False)
-    assert (answer.found, answer.correct, answer.ended) == (None, False, False)
-
-
-def test_gold_answers_may_be_whole_solutions(monkeypatch):
-    gold = ["sun = 1 + 2 = 3 ; answer : 3", "answer : 1 ; no ; answer : 3", " 3\n", "answer : 4"]
-    answers = solve_planted(monkeypatch, gold, ["answer : 3"] * 4)
-    assert [a.expected for a in answers] == ["3", "3", "3", "4"]
-    assert [a.correct for a in answers] == [True, True, True, False]
-
-
-def test_thousands_are_written_with_a_comma_or_without():
-    """14 of GSM8K's 1,319 answers have one; what is no thousand keeps its comma."""
-    pattern = exact.answer_pattern(r"(?:####|is) (\S+)")
-    gold = exact.last_match(pattern, "so 1,450 * 1,000\n#### 1,450,000")
-    assert gold == exact.last_match(pattern, "Then it is 7, no, it is 1450000.") == "1450000"
-    assert [exact.plain(x) for x in (" 1,2 ", "12,34", "1,2345", "0.5.")] == [
-        "1,2", "12,34", "1,2345", "0.5",
-    ]  # fmt: skip
-
-
-def test_answer_pattern_of_the_configuration(monkeypatch):
-    answers = solve_planted(monkeypatch, ["9"], ["sun = 5 ; oak = 9"], answer=r"= (\d+)")
-    assert answers[0].correct
-    for pattern in ("(", "no group", "(two) (groups)"):
-        with pytest.raises(UserError, match=r"evaluate\.answer"):
-            exact.answer_pattern(pattern)
-
-
-def test_answers_stay_inside_the_context(monkeypatch):
-    limits = []
-    solve_planted(monkeypatch, ["5"], ["answer : 5"], max_new_tokens=1000, limits=limits)
-    assert limits == [CFG.max_position - 2]
-
-
-def test_a_real_model_is_asked(monkeypatch):
-    """Without anything planted: solve's text is the model's own greedy continuation."""
-    cfg = dataclasses.replace(CFG, vocab_size=96)
-    params = decoder.init_params(jax.random.key(0), cfg)
-    tokenizer = load_tokenizer(files.bundled("demo/model"))
-    ids = tuple(tokenizer("sun = 5 ; sun ?")["input_ids"])
-    spec = config.Evaluate(max_new_tokens=5, batch=2, answer="(.*)")
-    (answer,) = exact.solve(
-        params, cfg, [Problem(ids, "p", "5")], tokenizer, spec, eos=[], dtype=jnp.float32
-    )
-    generator = make_generator(cfg, dtype=jnp.float32, eos=[])
-    (expected,) = generate(generator, params, [ids], 1, 5)
-    assert answer.text == tokenizer.decode(expected, skip_special_tokens=True)
-    assert not answer.ended
-
-
 # ---------------------------------------------------------------- the table
 
 
@@ -219,6 +123,14 @@ def test_table_is_aligned():
         assert [line[:end].split("  ")[-1].strip() for line in lines] == list(values)
     assert [line.split("  ")[0] for line in lines] == ["dense", "shortgpt recovered"]
     assert lines[0].split()[1:4] == ["4", "1.5", "M"]
+
+
+def test_table_says_how_sure_pass_at_1_is():
+    rows = [row("dense", samples=4, interval=[0.95, 0.99]), row("e3 raw", samples=4)]
+    header, _, *lines = table.render(rows).splitlines()
+    assert "pass@1" in header and "exact match" not in header
+    assert "97.5 % (95.0 to 99.0)" in lines[0] and "97.5 %  " in lines[1]
+    assert "pass@1 97.5 % (95.0 to 99.0)" in table.summary(rows[0])
 
 
 def test_table_on_disk(tmp_path):

@@ -93,7 +93,7 @@ def no_work(monkeypatch):
         raise AssertionError("work was done again")
 
     monkeypatch.setattr(loop, "prefetch", fail)
-    monkeypatch.setattr(exact, "generate", fail)
+    monkeypatch.setattr(exact, "serve", fail)
     monkeypatch.setattr("e3jax.evaluate.table.make_figures", fail)
     monkeypatch.setattr("e3jax.evaluate.table.make_tokens", fail)
     monkeypatch.setattr("e3jax.selectors.similarity.block_influence", fail)
@@ -180,6 +180,25 @@ def test_behaviour(place):
         assert sum(map(int, line.split()[-5:])) == 6
     shown = (folder / "samples.md").read_text()
     assert all(f"**{name}**" in shown for name in ROWS)
+
+
+def test_killed_under_other_settings_it_measures_again(place, copy, monkeypatch):
+    """What is half there of drawn answers is not taken for the greedy ones of the row before."""
+    serve, folder = exact.serve, copy / "evaluate"
+    before = [(folder / name).read_text() for name in ("results.json", "dense.answers.jsonl")]
+
+    def killed(*arguments, **options):
+        yield next(serve(*arguments, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exact, "serve", killed)
+    assert command(place, "evaluate", f"out={copy}", "evaluate.temperature=1") != 0
+    assert len((folder / "dense.answers.jsonl").read_text().splitlines()) == 1
+    monkeypatch.setattr(exact, "serve", serve)
+    assert command(place, "evaluate", f"out={copy}") == 0
+    assert [
+        (folder / name).read_text() for name in ("results.json", "dense.answers.jsonl")
+    ] == before
 
 
 def test_removal_curve_begins_at_the_dense_model(place):

@@ -217,6 +217,18 @@ def with_problems(run, **evaluate):
     return dataclasses.replace(run, data=data, evaluate=config.Evaluate(**evaluate))
 
 
+def test_drawn_answers_take_more_memory_and_time():
+    """Logits are sorted to draw by top-p; and each problem is answered so many times."""
+    other = compile.Memory(0, 0, 0, 0, 0, capacity=1, compiled=True, seconds=0.0)
+    peaks, hours = [], []
+    for drawn in ({}, {"temperature": 0.6, "top_p": 0.95, "samples": 4}):
+        run = with_problems(small_run(), batch=8, max_new_tokens=16, rows=80, **drawn)
+        found = plan.make_plan(run, MODEL, "float32", chips.parse("h100:8"), (other, other))
+        peaks.append(found.decode_memory.peak)
+        hours += [stage.hours for stage in found.stages if stage.name.startswith("decoding")]
+    assert peaks[1] > peaks[0] and hours[1] == pytest.approx(4 * hours[0])
+
+
 @pytest.mark.parametrize("topology", ["h100:8", "h100:1"])
 def test_decoding_counts_what_its_weights_are_made_of(topology):
     """A dense model stored in float32 lies there beside its bfloat16 weights; on one GPU the layers

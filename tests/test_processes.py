@@ -67,7 +67,10 @@ def place(tmp_path_factory):
             "steps": STEPS, "batch": 8, "microbatch": 4, "evaluate_every": 5, "checkpoint_every": 3,
             "optimizer": {"eps": 1e-5},  # or Adam makes steps of a tiny gradient's rounding
         },
-        "evaluate": {"batch": 4, "max_new_tokens": 8, "baselines": [], "loss_curve": False},
+        "evaluate": {
+            "batch": 4, "max_new_tokens": 8, "baselines": [], "loss_curve": False,
+            "temperature": 1.0, "samples": 2,
+        },
     }  # fmt: skip
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
     (folder / "record").mkdir()
@@ -169,6 +172,12 @@ def test_two_processes_do_the_job_of_one(place, single):
     out = place / "two"
     run(place, 2, "run", f"out={out}")
     same_results(out, single)
+    drawn = [(x / "evaluate" / "dense.answers.jsonl").read_text() for x in (out, single)]
+    assert drawn[0] == drawn[1] and len(drawn[0].splitlines()) == 12
+    for row in read_json(out / "evaluate" / "results.json"):
+        right = row["exact_match"] * 12
+        assert row["samples"] == 2 and row["interval"][0] <= right / 12 <= row["interval"][1]
+    assert "pass@1" in (out / "evaluate" / "results.txt").read_text()
     assert "read back and verified" in said(place, 0)
     assert beside_gloo(said(place, 1)) == []  # process 0 speaks for all
     assert touched(place, 0, out) > {"search", "distill", "evaluate", ".export"}

@@ -112,6 +112,20 @@ def test_page_says_what_is_on_record(tmp_path):
     assert "No export is there" in said
 
 
+def test_page_says_pass_at_1_of_drawn_answers(tmp_path):
+    out = make_run(tmp_path / "run")
+    rows = files.read_json(out / "evaluate" / "results.json")
+    for row in rows:
+        row |= {"samples": 8, "interval": [0.123, 0.876]}
+    files.write_json(out / "evaluate" / "results.json", rows)
+    said = Page(page.render([out])).text
+    assert "model pass@1 KL" in said and "12.3 to 87.6, pass@1 of 8" in said
+    assert "over 4 problems, with 8 answers drawn to each" in said
+    assert "the first of 8 answers to each" in said
+    both = Page(page.render([out, make_run(tmp_path / "greedy")])).text
+    assert both.count("pass@1 of 8") > said.count("pass@1 of 8")
+
+
 def test_page_needs_nothing_else(tmp_path):
     found = Page(page.render([make_run(tmp_path / "run")]))
     assert not {"link", "img", "iframe", "object"} & {tag for tag, _ in found.elements}

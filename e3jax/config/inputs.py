@@ -48,6 +48,9 @@ class Source:
     completion: str = Field(default="completion", description="field of the completion")
     messages: str = Field(default="messages", description="field of a list of {role, content}")
     answer: str = Field(default="answer", description="field of the checkable answer (test data)")
+    instruction: str = Field(
+        default="", description="ends the prompt, such as how the answer is to be written"
+    )
     separator: str = Field(default=" ", description="stands between prompt and completion")
 
 

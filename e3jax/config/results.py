@@ -34,6 +34,18 @@ class Evaluate:
         default=r"answer : (\S+)",
         description="regular expression whose first group is the answer; its last match counts",
     )
+    grader: Literal["regex", "math_verify"] = Field(
+        default="regex",
+        description="regex: right is whose text by `answer` is the gold one's; math_verify: whose"
+        " last \\boxed{} equals it as mathematics (needs math-verify)",
+    )
+    samples: int = Field(
+        default=1, ge=1, description="answers to each problem; pass@1 is their mean"
+    )
+    temperature: float = Field(default=0.0, ge=0, description="of sampling; 0 = greedy")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="nucleus sampled from; 1 = all")
+    top_k: int = Field(default=0, ge=0, lt=2**31, description="tokens sampled from; 0 = all")
+    seed: int = Field(default=0, ge=0, description="of sampling; each answer has its own of it")
     baselines: tuple[Selector, ...] = Field(
         default=("shortgpt",), description="selectors given the same recovery"
     )
@@ -53,6 +65,17 @@ class Evaluate:
         if groups != 1:
             raise ValueError("expected one group, such as answer : (\\S+)")
         return pattern
+
+    @pydantic.model_validator(mode="after")
+    def _greedy(self) -> "Evaluate":
+        if self.temperature == 0:
+            for name, default in (("samples", 1), ("top_p", 1.0), ("top_k", 0)):
+                if (value := getattr(self, name)) != default:
+                    raise ValueError(
+                        f"{name}={value} is of sampling: it needs a temperature above 0, such as"
+                        " evaluate.temperature=0.6"
+                    )
+        return self
 
 
 @strict

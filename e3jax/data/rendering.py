@@ -41,7 +41,7 @@ def render(rows: Rows, tokenizer: Any, loss_on: str, counts: dict[str, int]) -> 
             text = content = _string(row, source.text, where)
             document = Rendered(text, ((0, None),))
         elif form == "completion":
-            before = _string(row, source.prompt, where) + source.separator
+            before = _prompt(source, row, where) + source.separator
             content = _string(row, source.completion, where)
             start = len(before) if loss_on == "completion" else 0
             document = Rendered(before + content, ((start, None),))
@@ -82,11 +82,15 @@ def training_format(source: Source, row: dict[str, Any], loss_on: str) -> str:
 def conversation(source: Source, row: dict[str, Any], form: str, where: str) -> list[dict]:
     """The chat turns of a row; for form `chat`, of its prompt and, where it has one, completion."""
     if form == "chat":
-        turns = [{"role": "user", "content": _string(row, source.prompt, where)}]
+        turns = [{"role": "user", "content": _prompt(source, row, where)}]
         if source.completion in row:
             completion = _string(row, source.completion, where)
             turns.append({"role": "assistant", "content": completion})
         return turns
+    if source.instruction:
+        raise UserError(
+            f"{source.path}: `instruction` goes with a prompt; these rows have messages"
+        )
     turns = _field(row, source.messages, where)
     for turn in turns if isinstance(turns, list) and turns else [None]:
         if not isinstance(turn, dict) or not all(
@@ -212,7 +216,11 @@ def prompt_of(source: Source, row: dict[str, Any], tokenizer: Any, where: str) -
         text = apply_template(turns, tokenizer, where, add_generation_prompt=True)
         return Rendered(text, (), plain=False)
     # A trailing space would be a token of its own, where the text has it in the next word's token.
-    return Rendered((_string(row, source.prompt, where) + source.separator).rstrip(" "), ())
+    return Rendered((_prompt(source, row, where) + source.separator).rstrip(" "), ())
+
+
+def _prompt(source: Source, row: dict[str, Any], where: str) -> str:
+    return _string(row, source.prompt, where) + source.instruction
 
 
 def _field(row: dict[str, Any], name: str, where: str) -> Any:

@@ -185,10 +185,14 @@ def _key(
 ) -> str:
     """Hash of everything that decides the windows; where the files lie does not."""
     files = tokenizer_files(pathlib.Path(tokenizer_folder).expanduser())
+    sources = [dataclasses.asdict(r.source) | {"path": "", "answer": ""} for r in opened]
+    for source in sources:
+        if not source["instruction"]:  # as it was before there were any
+            del source["instruction"]
     facts = {
         "version": VERSION,
         "contents": [rows.fingerprint for rows in opened],
-        "sources": [dataclasses.asdict(r.source) | {"path": "", "answer": ""} for r in opened],
+        "sources": sources,
         "data": [data.window, data.pack, data.loss_on, data.long_rows],
         "tokenizer": [(f.name, hashlib.sha256(f.read_bytes()).hexdigest()) for f in files],
         "questions": questions.fingerprint,

@@ -2,12 +2,26 @@
 
 As many may turn right as wrong, which exact match does not show (arXiv 2407.09141).
 
-Without jax. An answer is a line of `answers.jsonl`: prompt, expected, found, text, ended, correct.
+Without jax. An answer is a line of `answers.jsonl`: see exact.py.
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from e3jax import files
+from e3jax.evaluate.rows import Row, beside
+
+
+def read(folder: pathlib.Path, row: Row) -> list[dict[str, Any]]:
+    """A row's answers, of drawn ones each problem's first; empty unless all are there and graded.
+
+    folder: `evaluate`.
+    """
+    lines = files.read_lines(beside(folder, row.model, "answers.jsonl"))
+    found = [line for line in lines if line.get("sample", 1) == 1 and "correct" in line]
+    return found if len(found) == row.problems else []
 
 
 @dataclasses.dataclass(frozen=True)

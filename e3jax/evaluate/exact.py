@@ -1,57 +1,34 @@
-"""Exact match: greedy answers to problems whose answer can be checked."""
+"""Problems whose answer can be checked: the model is asked, and each answer kept and graded."""
 
+import contextlib
 import dataclasses
-import re
+import json
+import logging
+import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from e3jax import config
+import numpy as np
+
+from e3jax import config, files, processes
 from e3jax.data.text import Problem
-from e3jax.errors import UserError
+from e3jax.evaluate.grading import open_grader
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Params
 from e3jax.models.generate import make_generator
-from e3jax.models.serve import generate
-from e3jax.progress import Progress
+from e3jax.models.serve import Request, serve
+from e3jax.progress import Progress, over
+
+log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """One problem and what the model made of it."""
+class Asked(NamedTuple):
+    """What the model is asked once. Numbers are from 1."""
 
-    prompt: str
-    expected: str
-    found: str | None  # the last match of the answer pattern, None = no match
-    text: str
-    ended: bool  # an end-of-sequence token came within the limit
-
-    @property
-    def correct(self) -> bool:
-        return self.found == self.expected
-
-
-def answer_pattern(pattern: str) -> re.Pattern[str]:
-    """Compiles `evaluate.answer`. Raises UserError unless it is a pattern with one group."""
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise UserError(
-            f"evaluate.answer={pattern!r}: not a regular expression: {error}"
-        ) from error
-    if compiled.groups != 1:
-        raise UserError(f"evaluate.answer={pattern!r}: expected exactly one group, the answer")
-    return compiled
-
-
-def last_match(pattern: re.Pattern[str], text: str) -> str | None:
-    """The answer in a text: the group's last match, `plain`."""
-    found = pattern.findall(text)
-    return plain(found[-1]) if found else None
-
-
-def plain(answer: str) -> str:
-    """An answer as it is compared: stripped, 1,234 as 1234, and without a full stop at the end."""
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", answer.strip()).rstrip(".")
+    problem: int
+    sample: int
+    request: Request
+    key: str  # of all that decides the answer
 
 
 def solve(
@@ -63,32 +40,100 @@ def solve(
     *,
     eos: Sequence[int],
     dtype: Any,
-) -> list[Answer]:
-    """Greedy answers to all problems, in order."""
-    pattern = answer_pattern(spec.answer)
-    limit = min(spec.max_new_tokens, cfg.max_position - max(len(p.prompt_ids) for p in problems))
-    generator = make_generator(cfg, dtype=dtype, eos=eos)
-    prompts = [p.prompt_ids for p in problems]
-    answers: list[Answer] = []
-    with Progress("problems solved", len(problems)) as shown:
-        found = generate(
-            generator,
+    path: pathlib.Path,
+    inputs: Any,
+) -> list[int]:
+    """How many of `evaluate.samples` answers to each problem are right.
+
+    path: all answers, a line of JSON each: problem, sample (both from 1), prompt, expected, found,
+      correct, text, tokens, ended (by an end-of-sequence token, or else cut at the limit), key.
+      A line is written when its answer is there, and graded when all are. Those that are there
+      from before are not asked for again, whatever graded them.
+    inputs: what decides the answers beside `spec`, as JSON: the model.
+    """
+    asked = _asked(problems, spec, cfg.max_position, {"model": inputs, "eos": eos})
+    there = set(processes.from_first(lambda: _keep(path, asked)))
+    left = [one for one in asked if one.key not in there]
+    if there and left:
+        log.info("%d of %d answers are there from before", len(there), len(asked))
+    first = processes.is_first()
+    with (
+        open(path, "a", encoding="utf-8") if first else contextlib.nullcontext() as file,
+        Progress("answers given", len(asked), done=len(there)) as shown,
+    ):
+        for number, ids in serve(
+            make_generator(cfg, dtype=dtype, eos=eos),
             params,
-            prompts,
+            [one.request for one in left],
             spec.batch,
-            limit,
-            tell=lambda tokens: shown.advance(len(answers), tokens),
-        )
-        for problem, ids in zip(problems, found, strict=True):
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            answers.append(
-                Answer(
-                    prompt=problem.prompt,
-                    # A gold answer may be a whole solution (GSM8K's ends in `#### 18`).
-                    expected=last_match(pattern, problem.answer) or plain(problem.answer),
-                    found=last_match(pattern, text),
-                    text=text,
-                    ended=bool(ids) and ids[-1] in set(eos),
-                )
+            tell=lambda tokens: shown.advance(len(there), tokens),
+        ):
+            one = left[number]
+            there.add(one.key)
+            if file is not None:
+                line = {
+                    "problem": one.problem,
+                    "sample": one.sample,
+                    "prompt": problems[one.problem - 1].prompt,
+                    "text": tokenizer.decode(ids, skip_special_tokens=True),
+                    "tokens": len(ids),
+                    "ended": bool(ids) and ids[-1] in set(eos),
+                    "key": one.key,
+                }
+                print(json.dumps(line), file=file, flush=True)
+    return processes.from_first(lambda: _graded(path, asked, problems, spec))
+
+
+def _asked(
+    problems: Sequence[Problem], spec: config.Evaluate, context: int, inputs: Any
+) -> list[Asked]:
+    """Every problem once, then again: what is there of a run that was killed is of all problems."""
+    found, same = [], files.fingerprint(inputs)
+    for sample in range(1, spec.samples + 1):
+        for number, problem in enumerate(problems, start=1):
+            request = Request(
+                problem.prompt_ids, min(spec.max_new_tokens, context - len(problem.prompt_ids))
             )
-    return answers
+            if spec.temperature > 0:
+                draws = np.random.SeedSequence((spec.seed, number, sample)).generate_state(1)
+                request = dataclasses.replace(
+                    request,
+                    temperature=spec.temperature,
+                    top_p=spec.top_p,
+                    top_k=spec.top_k,
+                    seed=int(draws[0]),
+                )
+            key = files.fingerprint([same, number, sample, request])
+            found.append(Asked(number, sample, request, key))
+    return found
+
+
+def _keep(path: pathlib.Path, asked: Sequence[Asked]) -> list[str]:
+    """The keys of the answers that are there; all else leaves the file."""
+    wanted = {one.key for one in asked}
+    lines = {line["key"]: line for line in files.read_lines(path) if line.get("key") in wanted}
+    _write(path, list(lines.values()))
+    return list(lines)
+
+
+def _graded(
+    path: pathlib.Path, asked: Sequence[Asked], problems: Sequence[Problem], spec: config.Evaluate
+) -> list[int]:
+    """Grades the answers, and has them in the file in order; right ones of each problem."""
+    lines = {line["key"]: line for line in files.read_lines(path)}
+    right = [0] * len(problems)
+    with open_grader(spec) as grade:
+        for one in over("answers graded", asked):
+            found = grade(lines[one.key]["text"], problems[one.problem - 1].answer)
+            lines[one.key] |= dataclasses.asdict(found)
+            right[one.problem - 1] += found.correct
+    cut = sum(not line["ended"] for line in lines.values())
+    if cut:
+        log.info("%d of %d answers were cut at the limit of their length", cut, len(asked))
+    ordered = sorted(asked, key=lambda one: (one.problem, one.sample))
+    _write(path, [lines[one.key] for one in ordered])
+    return right
+
+
+def _write(path: pathlib.Path, lines: Sequence[Any]) -> None:
+    files.write_text(path, "".join(f"{json.dumps(line)}\n" for line in lines))

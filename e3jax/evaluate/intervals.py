@@ -9,12 +9,26 @@ import numpy as np
 Z_95 = 1.959964  # standard deviations to either side that hold 95 % of a normal distribution
 
 
-def wilson(right: int, count: int) -> tuple[float, float]:
+def wilson(right: float, count: float) -> tuple[float, float]:
     """95 % score interval of a share (Wilson 1927), which holds near 0 and 1 too."""
     share, weight = right / count, Z_95**2 / count
     middle = (share + weight / 2) / (1 + weight)
     half = Z_95 * math.sqrt(share * (1 - share) / count + weight / (4 * count)) / (1 + weight)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def solved(right: Sequence[int], samples: int) -> tuple[float, float]:
+    """95 % interval of pass@1, the share of right answers. right: of `samples` to each problem.
+
+    Problems are drawn, and answers to one of them are alike: Wilson's interval is taken of as many
+    answers as would vary so much if they were independent (Korn and Graubard 1998), at most all.
+    Of one answer each it is Wilson's own. How alike they are is measured with two problems more,
+    one all right and one all wrong: a few wrong answers alone do not tell.
+    """
+    shares = np.array([0, samples, *right]) / samples
+    alike = shares.var() / (shares.mean() * (1 - shares.mean()))  # 1: all of a problem are the same
+    count = len(right) / max(float(alike), 1 / samples)
+    return wilson(sum(right) / samples / len(right) * count, count)
 
 
 def mean(windows: Sequence[tuple[float, float]]) -> tuple[float, float | None]:

@@ -20,15 +20,25 @@ class Row:
     problems: int
     tokens: int  # spent to get here, by masked or student models
     tasks: dict[str, float] = dataclasses.field(default_factory=dict)  # of evaluate.tasks
+    samples: int = 0  # drawn answers a problem, of which exact_match is pass@1; 0: a greedy one
+    interval: list[float] | None = None  # 95 %, of exact_match, over problems
+
+    @property
+    def solved(self) -> str:
+        """What exact_match is called."""
+        return "pass@1" if self.samples else "exact match"
 
     def shown(self) -> dict[str, str]:
         """The row as text, for tables."""
         exact = "-" if self.exact_match is None else f"{100 * self.exact_match:.1f} %"
+        if self.samples and self.interval:
+            low, high = self.interval
+            exact = f"{exact} ({100 * low:.1f} to {100 * high:.1f})"
         return {
             "model": self.model,
             "layers": str(self.layers),
             "parameters": f"{self.parameters / 1e6:,.1f} M",
-            "exact match": exact,
+            self.solved: exact,
             "KL": f"{self.kl:z.4f}",
             "top-1": f"{100 * self.agreement:.1f} %",
             "perplexity": f"{self.perplexity:.3f}",

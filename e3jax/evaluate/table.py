@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import logging
 import pathlib
 import time
@@ -10,10 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from e3jax import files, job, processes
-from e3jax.evaluate import lm_eval, load
-from e3jax.evaluate.answers import flips, samples
+from e3jax.evaluate import answers, grading, intervals, lm_eval, load
 from e3jax.evaluate.behaviour import Decile, deciles, make_tokens
-from e3jax.evaluate.exact import Answer, solve
+from e3jax.evaluate.exact import solve
 from e3jax.evaluate.figures import make_figures
 from e3jax.evaluate.rows import Row, beside
 from e3jax.job import Job
@@ -70,9 +68,13 @@ def _once(
         measured=job_.measured.fingerprint,
         test=files.fingerprint(job_.problems) if job_.run.data.test else None,
         deciles=10,
+        **grading.facts(job_.run.evaluate),
     )
     made = functools.cache(params)  # at most once, for both
-    measured = job.once(path, facts, lambda: _measure(job_, model, keep, made(), tokens, path))
+    subject = job_.inputs(**inputs)
+    measured = job.once(
+        path, facts, lambda: _measure(job_, model, keep, made(), tokens, path, subject)
+    )
     if not tasks:
         return Row(**measured)
 
@@ -99,20 +101,28 @@ def metrics(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def _measure(
-    job_: Job, model: str, keep: Sequence[int], student: Params, tokens: int, path: pathlib.Path
+    job_: Job,
+    model: str,
+    keep: Sequence[int],
+    student: Params,
+    tokens: int,
+    path: pathlib.Path,
+    subject: dict[str, Any],
 ) -> dict[str, Any]:
     """The fields of a Row; every answer, every window's KL and tokens, and the figures by the dense
     model's entropy go to files beside."""
     begun, spec, cfg = time.monotonic(), job_.run.evaluate, job_.cfg.take_layers(keep)
+    if processes.is_first():
+        path.unlink(missing_ok=True)  # a row of other settings: its answers are about to go
     tokens_of = make_tokens(job_.cfg, cfg, dtype=job_.dtype, chunk=job_.run.distill.chunk)
     each = tokens_of(job_.params, student, _measured(job_))
     found = each.figures()
     loads: dict[int, list[int]] = {}
     if cfg.experts is not None and len(cfg.dense) < cfg.num_layers:
         loads = load.make_loads(cfg, dtype=job_.dtype)(student, _measured(job_))
-    answers: list[Answer] = []
+    right: list[int] = []
     if job_.run.data.test:
-        answers = solve(
+        right = solve(
             student,
             cfg,
             job_.problems,
@@ -120,6 +130,8 @@ def _measure(
             dataclasses.replace(spec, batch=job.rows_per_batch(spec.batch)),
             eos=job_.eos,
             dtype=job_.dtype,
+            path=path.with_suffix(".answers.jsonl"),
+            inputs=subject,
         )
     row = Row(
         model=model,
@@ -128,13 +140,13 @@ def _measure(
         perplexity=found.perplexity,
         kl=found.kl,
         agreement=found.agreement,
-        exact_match=sum(a.correct for a in answers) / len(answers) if answers else None,
-        problems=len(answers),
+        exact_match=sum(right) / spec.samples / len(right) if right else None,
+        problems=len(right),
         tokens=tokens,
+        samples=spec.samples if spec.temperature > 0 else 0,
+        interval=list(intervals.solved(right, spec.samples)) if right else None,
     )
     if processes.is_first():
-        lines = [json.dumps(dataclasses.asdict(a) | {"correct": a.correct}) for a in answers]
-        files.write_text(path.with_suffix(".answers.jsonl"), "\n".join(lines) + "\n")
         files.write_json(path.with_suffix(".windows.json"), each.windows())
         files.write_json(path.with_suffix(".deciles.json"), deciles(each))
         if loads:
@@ -152,7 +164,7 @@ def _measured(job_: Job) -> Iterator[Batch]:
 def summary(row: Row) -> str:
     """The row's main figures in a line."""
     shown = row.shown()
-    return f"exact match {shown['exact match']}  KL {shown['KL']}  perplexity {shown['perplexity']}"
+    return f"{row.solved} {shown[row.solved]}  KL {shown['KL']}  perplexity {shown['perplexity']}"
 
 
 def removal_curve(job_: Job, mask: Any) -> list[dict[str, float]]:
@@ -208,11 +220,13 @@ def write_behaviour(folder: pathlib.Path, rows: Sequence[Row]) -> None:
         text += "\n\nexperts: the busiest of a layer, in even shares, and those sent nothing\n"
         text += align(loads)
     if rows[0].problems:
-        answers = {row.model: _answers(folder, row) for row in rows}
+        given = {row.model: answers.read(folder, row) for row in rows}
         dense, *others = rows
-        lines = [_flipped(other, answers[dense.model], answers[other.model]) for other in others]
-        text += "\n\nanswers beside the dense model's\n" + align(lines)
-        files.write_text(folder / "samples.md", samples(answers, SAMPLES))
+        lines = [_flipped(other, given[dense.model], given[other.model]) for other in others]
+        text += "\n\nanswers beside the dense model's"
+        text += f", the first of {dense.samples} to each problem\n" if dense.samples else "\n"
+        text += align(lines)
+        files.write_text(folder / "samples.md", answers.samples(given, SAMPLES))
     files.write_text(folder / "behaviour.txt", text + "\n")
 
 
@@ -220,10 +234,6 @@ def read_deciles(folder: pathlib.Path, row: Row) -> list[Decile]:
     """A row's figures by the dense model's entropy; folder: `evaluate`."""
     path = beside(folder, row.model, "deciles.json")
     return [Decile(**fields) for fields in files.read_json(path)]
-
-
-def _answers(folder: pathlib.Path, row: Row) -> list[dict[str, Any]]:
-    return files.read_lines(beside(folder, row.model, "answers.jsonl"))
 
 
 def _loads(folder: pathlib.Path, row: Row) -> dict[str, str]:
@@ -238,7 +248,7 @@ def _by_decile(folder: pathlib.Path, row: Row) -> dict[str, str]:
 
 
 def _flipped(row: Row, dense: Sequence[Any], theirs: Sequence[Any]) -> dict[str, str]:
-    found = flips(dense, theirs)
+    found = answers.flips(dense, theirs)
     return {
         "model": row.model,
         "right in both": str(found.both),

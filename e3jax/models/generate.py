@@ -304,10 +304,12 @@ def make_generator(cfg: ModelConfig, *, dtype: Any, eos: Sequence[int]) -> Gener
     return Generator(frozenset(eos), partial(prepare, cfg=cfg, dtype=dtype), empty, admit, go_on)
 
 
-def abstract_arguments(generator: Generator, weights: Params, rows: int, columns: int) -> tuple:
-    """ShapeDtypeStructs of what `go_on` is given for the most likely tokens."""
+def abstract_arguments(
+    generator: Generator, weights: Params, rows: int, columns: int, *, sampled: bool = False
+) -> tuple:
+    """ShapeDtypeStructs of what `go_on` is given, for the most likely tokens or for drawn ones."""
     slots = jax.eval_shape(
-        partial(generator.empty, rows=rows, columns=columns, sampled=False), weights
+        partial(generator.empty, rows=rows, columns=columns, sampled=sampled), weights
     )
     alive = jax.ShapeDtypeStruct((rows,), bool, sharding=mesh.sharding(("batch",)))
     number = jax.ShapeDtypeStruct((), jnp.int32)

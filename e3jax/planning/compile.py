@@ -216,7 +216,10 @@ def _decoding(run: config.Run, cfg: ModelConfig, params: Any) -> _Decoding:
     rows = job.rows_per_batch(run.evaluate.batch)
     weights = generator.prepare(params)
     read = set(map(id, jax.tree.leaves(weights)))
-    arguments = generate.abstract_arguments(generator, weights, rows, prompt + answer)
+    sampled = run.evaluate.temperature > 0
+    arguments = generate.abstract_arguments(
+        generator, weights, rows, prompt + answer, sampled=sampled
+    )
     return _Decoding(
         traced=generator.go_on.trace(*arguments),
         bytes=local_bytes(arguments),

@@ -51,6 +51,7 @@ class Plan:
     decode_step: Roofline  # of the dense model
     decode_tokens: int  # of the longest answers
     decode_problems: int  # answered together
+    decode_samples: int  # answers to each
     search_tokens: int  # a step
     distill_tokens: int
     stages: tuple[Stage, ...]
@@ -119,6 +120,7 @@ def make_plan(
         decode_step=cost.decode_roofline(run, cfg, topology, mesh),
         decode_tokens=cost.decoded(run, cfg)[1],
         decode_problems=run.evaluate.batch,
+        decode_samples=run.evaluate.samples,
         search_tokens=run.search.batch * run.search.masks_per_window * run.data.window,
         distill_tokens=run.distill.batch * run.data.window,
         stages=tuple(_stages(run, cfg, topology, mesh, counted)),
@@ -162,10 +164,11 @@ def _stages(
         found.append(stage(f"{name} recovery", counted.distill_tokens, distill, recipe.steps))
     if run.data.test:
         problems, (_, answer) = run.evaluate.rows or PROBLEMS, cost.decoded(run, cfg)
+        asked = problems * run.evaluate.samples
         models = 3 + 2 * len(run.evaluate.baselines)  # dense, and raw and recovered ones
         each = cost.decode_roofline(run, cfg, topology, mesh).seconds / 3600
-        times = models * math.ceil(problems / run.evaluate.batch) * answer
-        found.append(stage("decoding, at most", models * problems * answer, each, times))
+        times = models * math.ceil(asked / run.evaluate.batch) * answer
+        found.append(stage("decoding, at most", models * asked * answer, each, times))
     return found
 
 
@@ -250,7 +253,8 @@ def describe(plan: Plan) -> str:
     if plan.decode_memory is not None:
         lines.append(
             f"  decoding: {plan.decode_problems} at a time of {PROBLEMS} problems unless "
-            f"evaluate.rows says another number, all answers {plan.decode_tokens} tokens long"
+            f"evaluate.rows says another number, {plan.decode_samples} times each, all answers "
+            f"{plan.decode_tokens} tokens long"
         )
     lines += [
         "",

@@ -27,7 +27,7 @@ class Figure:
     """A row of the table, with how sure it is."""
 
     row: Row
-    exact: tuple[float, float] | None  # Wilson's 95 % interval of the share
+    exact: Sequence[float] | None  # 95 % interval of the share
     kl_error: float | None  # standard error over windows, nats a token
     windows: list[list[float]]  # KL and tokens of each, sums
 
@@ -115,7 +115,7 @@ def read(out: pathlib.Path) -> Facts:
     with understood(out):
         mask = records.kept(out)
         figures = [_figure(out, row) for row in rows.read(out / "evaluate")]
-        given = {f.row.model: _answers(out, f.row) for f in figures}
+        given = {f.row.model: answers.read(out / "evaluate", f.row) for f in figures}
         whole = {model: found for model, found in given.items() if found}
         return Facts(
             out=out,
@@ -134,16 +134,11 @@ def read(out: pathlib.Path) -> Facts:
 
 def _figure(out: pathlib.Path, row: Row) -> Figure:
     windows = records.value(rows.beside(out / "evaluate", row.model, "windows.json")) or []
-    exact = None
-    if row.exact_match is not None:
+    exact = row.interval
+    if exact is None and row.exact_match is not None:  # of an older version
         exact = intervals.wilson(round(row.exact_match * row.problems), row.problems)
     error = intervals.mean(windows)[1] if windows else None
     return Figure(row, exact, error, windows)
-
-
-def _answers(out: pathlib.Path, row: Row) -> list[dict[str, Any]]:
-    found = files.read_lines(rows.beside(out / "evaluate", row.model, "answers.jsonl"))
-    return found if len(found) == row.problems else []
 
 
 def _flips(
