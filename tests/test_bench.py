@@ -1,6 +1,7 @@
 """run.py bench: the same work in both engines, numbers from seconds, a refusal without a run."""
 
 import json
+import logging
 import sys
 
 import jax.numpy as jnp
@@ -142,6 +143,57 @@ def test_bench_of_a_run(place, capsys):
     assert command(place) == 0  # again, over what is there
 
 
+MEASURED = {"seconds": dict.fromkeys(speed.PHASES, (1.0, 2.0, 3.0)), "memory": 2**30}
+
+
+@pytest.fixture
+def arms(monkeypatch):
+    """What arms find without being run, by engine and model; the tasks that they were given."""
+    found, tasks = {}, []
+
+    def run(task):
+        tasks.append(task)
+        if task.engine == "e3jax":
+            np.save(task.logits, np.zeros(1))
+        model = "dense" if task.folder.endswith("model") else "pruned"
+        return found.get((task.engine, model), MEASURED | {"platform": "gpu", "device": "H9000"})
+
+    monkeypatch.setattr(bench, "_run", run)
+    return found, tasks
+
+
+def test_an_arm_that_fails_is_a_row(place, arms, capsys):
+    found, tasks = arms
+    found["transformers", "dense"] = {"error": "OutOfMemoryError: 80 GiB"}
+    assert command(place, "bench.batch=[2, 1, 2]") == 0
+    assert [(task.engine, task.batch) for task in tasks] == [
+        (engine, batch) for batch in (2, 1) for engine in ("e3jax",) * 2 + ("transformers",) * 2
+    ]
+    assert {task.platform for task in tasks if task.engine == "transformers"} == {"gpu"}
+    printed = capsys.readouterr().out
+    assert "one H9000" in printed and printed.count("OutOfMemoryError: 80 GiB") == 2
+    assert "memory" in printed and "resident" not in printed
+
+
+def test_nothing_measured_leaves_nothing(place, arms, capsys):
+    found, tasks = arms
+    for model in speed.MODELS:  # after the logits were there
+        found["e3jax", model] = {"error": "RESOURCE_EXHAUSTED: 80 GiB"}
+    assert command(place) == 2
+    assert "nothing could be measured: RESOURCE_EXHAUSTED" in capsys.readouterr().err
+    assert {task.engine for task in tasks} == {"e3jax"}
+    assert not (place / "out" / "bench").exists()
+
+
+def test_without_torch_the_other_rows_are_there(place, arms, monkeypatch, capsys, caplog):
+    monkeypatch.setattr(bench, "is_torch_available", lambda: False)
+    with caplog.at_level(logging.INFO):
+        assert command(place) == 0
+    assert "`pip install torch`" in caplog.text
+    printed = capsys.readouterr().out
+    assert "e3jax pruned" in printed and "transformers" not in printed
+
+
 def test_without_a_run_nothing_is_made(tmp_path, place, capsys):
     assert command(place, f"out={tmp_path}/other") == 2
     assert f"{tmp_path}/other/export: no export is there" in capsys.readouterr().err
@@ -181,6 +233,7 @@ SOME = Speed(
 def test_table_and_report(tmp_path):
     out = make_run(tmp_path / "run")
     speed.write(out / "bench", SOME)
+    assert speed.read(out / "bench").layers == SOME.layers
     text = speed.render(speed.read(out / "bench"))
     assert max(map(len, text.splitlines())) < 100
     assert "10,000,000.0 ±  5.0 %" in text and "1.30 x" in text and "1.33 x" in text

@@ -5,6 +5,7 @@ no device. An arm of transformers is measured only where its logits after the pr
 """
 
 import dataclasses
+import importlib.metadata
 import itertools
 import json
 import logging
@@ -14,7 +15,6 @@ import sys
 import tempfile
 from typing import Any
 
-import transformers
 from transformers.utils.import_utils import is_torch_available
 
 from e3jax import __version__, config, files, job
@@ -30,8 +30,10 @@ from e3jax.report import page
 
 log = logging.getLogger(__name__)
 
-WITHOUT_TORCH = "transformers was not measured: torch is not installed; `pip install torch`, or {}"
-GPU_TORCH = "where jax uses a GPU one that is built for it, and give the same command again"
+WITHOUT_TORCH = (
+    "bench: torch is not installed, so transformers is not measured; to have it, `pip install "
+    "torch` (where jax has a GPU, one that is built for it) and give the same command again"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ def execute(run: config.Run, *, dry_run: bool = False) -> None:
         return
     with job.claim_folder(run) as out, log_file(out, f"bench: e3jax {__version__}"):
         if "transformers" not in engines:
-            log.info(WITHOUT_TORCH.format(GPU_TORCH))
+            log.info(WITHOUT_TORCH)
         found = measure(run, pair, engines)
         speed.write(out / "bench", found)
         page.write([out], out / page.REPORT)
@@ -105,8 +107,9 @@ def measure(run: config.Run, pair: Pair, engines: list[str]) -> Speed:
                 logits=str(logits),
                 platform=platform,
             )
-            if engine != "e3jax" and not logits.is_file():
-                found: dict[str, Any] = {"error": "e3jax's logits are not there to compare with"}
+            found: dict[str, Any]
+            if engine != "e3jax" and not (platform and logits.is_file()):
+                found = {"error": "e3jax has no logits to compare with"}
             elif engine != "e3jax" and platform not in ("cpu", "gpu"):
                 found = {"error": f"not measured on a {platform}"}
             else:
@@ -115,7 +118,10 @@ def measure(run: config.Run, pair: Pair, engines: list[str]) -> Speed:
             arms.append(_arm(task, model, found))
             log.info("bench: %s", _told(arms[-1]))
     if all(one.error for one in arms):
-        raise UserError(f"bench: nothing could be measured: {arms[0].error}")
+        raise UserError(
+            f"bench: nothing could be measured: {arms[0].error}; a model must fit on one device: "
+            "bench.batch and bench.prompt are what can be made smaller"
+        )
     return Speed(
         device=device,
         on_host=platform == "cpu",
@@ -142,14 +148,8 @@ def ideals(run: config.Run, pair: Pair, batch: int) -> dict[str, float]:
 
 def versions(engines: list[str]) -> dict[str, str]:
     """Of what was measured."""
-    import jax
-
-    found = {"e3jax": __version__, "jax": jax.__version__}
-    if "transformers" in engines:
-        import torch
-
-        found |= {"transformers": transformers.__version__, "torch": torch.__version__}
-    return found
+    named = ["jax"] + ["transformers", "torch"] * ("transformers" in engines)
+    return {"e3jax": __version__} | {name: importlib.metadata.version(name) for name in named}
 
 
 def _run(task: arm.Task) -> dict[str, Any]:

@@ -84,7 +84,8 @@ def read(folder: pathlib.Path) -> Speed | None:
     if not path.is_file():
         return None
     fields: dict[str, Any] = files.read_json(path)
-    return Speed(**fields | {"arms": [Arm(**arm) for arm in fields["arms"]]})
+    fields["layers"], fields["arms"] = tuple(fields["layers"]), [Arm(**a) for a in fields["arms"]]
+    return Speed(**fields)
 
 
 def write(folder: pathlib.Path, speed: Speed) -> None:
