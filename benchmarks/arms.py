@@ -1,15 +1,13 @@
 """What benchmarks on a GPU have in common: shapes, an arm in a process of its own, its timing."""
 
-import json
-import os
 import pathlib
-import statistics
-import subprocess
 import sys
 import time
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+from e3jax.bench import timing  # noqa: E402
 
 ROW = 4096
 VOCAB = 151_936
@@ -70,30 +68,8 @@ def build_peer(shapes: str, layers: int, *, cache: bool = False):
 
 
 def run_arm(file: str, arguments: list[str], arm: str) -> dict:
-    """What an arm measured, in a process that has the GPU for itself and preallocates nothing."""
-    environment = os.environ | {
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-    }
-    command = [sys.executable, file, *arguments, "--arm", arm]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    for line in done.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line[len("RESULT ") :])
-    lines = [line for line in done.stderr.splitlines() if "Error" in line or "memory" in line]
-    return {"error": (lines or done.stderr.splitlines() or ["nothing was said"])[-1][:200]}
-
-
-def give(found: dict) -> None:
-    """How an arm tells what it measured."""
-    print("RESULT " + json.dumps(found), flush=True)
-
-
-def middle(seconds: list[float]) -> tuple[float, float]:
-    """The median, and the spread as a share of it."""
-    median = statistics.median(seconds)
-    return median, (max(seconds) - min(seconds)) / median
+    """What an arm of a study measured, in a process of its own."""
+    return timing.run_arm([sys.executable, file, *arguments, "--arm", arm])
 
 
 def timed(step, synchronise) -> tuple[float, list[float]]:

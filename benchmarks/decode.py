@@ -13,7 +13,11 @@ of it.
 import argparse
 import sys
 
-from arms import SHAPES, VOCAB, build_peer, depth, give, middle, model_config, run_arm, timed
+from arms import SHAPES, VOCAB, build_peer, depth, model_config, run_arm, timed
+
+from e3jax.bench import steps
+from e3jax.bench.timing import give, middle
+from e3jax.bench.work import decode_bytes
 
 PROMPT, ANSWER = 128, 256
 
@@ -28,7 +32,8 @@ def main() -> None:
         f"{'arm':<14}{'batch':>6}{'tokens/s':>10}{'ms/token':>10}{'spread':>8}{'floor':>7}{'GiB':>7}"
     )
     for batch in options.batch:
-        floor = read_bytes(options.shapes, batch) / copied * 1e3
+        cfg = model_config(options.shapes)
+        floor = decode_bytes(cfg, batch, PROMPT + ANSWER / 2, 2) / copied * 1e3
         arguments = ["--shapes", options.shapes, "--batch", str(batch)]
         for arm in ("e3jax", "transformers"):
             found = run_arm(__file__, arguments, arm)
@@ -52,17 +57,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args(sys.argv[1:])
 
 
-def read_bytes(shapes: str, batch: int) -> float:
-    """Of a token for each row: weights in bfloat16, keys and values of half an answer."""
-    from e3jax.models.params import count_params
-
-    cfg = model_config(shapes)
-    table = cfg.vocab_size * cfg.width  # of embeddings apart from the head a row is read
-    weights = count_params(cfg) - (0 if cfg.tied else table)
-    cache = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * (PROMPT + ANSWER / 2)
-    return 2 * (weights + batch * cache)
-
-
 def copy(options: argparse.Namespace, batch: int) -> dict:
     """Bytes a second, read and written, of a copy of 2 GiB."""
     import torch
@@ -80,20 +74,21 @@ def ours(options: argparse.Namespace, batch: int) -> dict:
 
     from e3jax import mesh
     from e3jax.models import decoder
-    from e3jax.models.generate import make_generator
-    from e3jax.models.serve import generate
 
     cfg = model_config(options.shapes)
-    prompts = np.random.default_rng(0).integers(0, VOCAB, (batch, PROMPT), dtype=np.int32)
+    prompts = steps.random_prompts(VOCAB, batch, PROMPT, 0)
     with jax.set_mesh(mesh.make_mesh()):
         params = decoder.init_params(jax.random.key(0), cfg, jnp.bfloat16)
-        generator = make_generator(cfg, dtype=jnp.bfloat16, eos=())
-        weights, rows = generator.prepare(params), prompts.tolist()
-        step = lambda: list(generate(generator, weights, rows, batch, ANSWER))  # noqa: E731
-        first, seconds = timed(step, lambda: None)
-        peak = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
-        check(params, cfg, np.concatenate([prompts, step()], axis=1)[:2])
-    return {"first": first, "seconds": seconds, "peak": peak}
+        made = steps.ours(params, cfg, prompts, jnp.bfloat16)
+        found = answered(made)
+        check(params, cfg, np.concatenate([prompts, made.answer(ANSWER)], axis=1)[:2])
+    return found
+
+
+def answered(made: steps.Steps) -> dict:
+    """Seconds of whole answers, and the memory."""
+    first, seconds = timed(lambda: made.answer(ANSWER), lambda: None)
+    return {"first": first, "seconds": seconds, "peak": made.memory()}
 
 
 def check(params, cfg, rows) -> None:
@@ -126,21 +121,8 @@ def check(params, cfg, rows) -> None:
 
 
 def peer(options: argparse.Namespace, batch: int) -> dict:
-    import torch
-
     model = build_peer(options.shapes, depth(options.shapes, None), cache=True)
-    torch.manual_seed(0)
-    prompts = torch.randint(0, VOCAB, (batch, PROMPT), device="cuda")
-
-    def step():
-        answer = model.generate(
-            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=ANSWER,
-            min_new_tokens=ANSWER, do_sample=False, cache_implementation="static", pad_token_id=0,
-        )  # fmt: skip
-        assert answer.shape == (batch, PROMPT + ANSWER)
-
-    first, seconds = timed(step, torch.cuda.synchronize)
-    return {"first": first, "seconds": seconds, "peak": torch.cuda.max_memory_allocated()}
+    return answered(steps.theirs(model, steps.random_prompts(VOCAB, batch, PROMPT, 0)))
 
 
 ARMS = {"copy": copy, "e3jax": ours, "transformers": peer}

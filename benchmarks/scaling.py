@@ -10,8 +10,10 @@ those of one GPU in the same run, where one can hold it.
 import argparse
 import sys
 
-from arms import ROOT, ROW, SHAPES, middle, run_arm
+from arms import ROOT, ROW, SHAPES, run_arm
 from steps import flops_per_token, gpus
+
+from e3jax.bench.timing import middle
 
 STEPS = str(ROOT / "benchmarks" / "steps.py")
 WAYS = ["data", "model"]

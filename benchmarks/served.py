@@ -17,9 +17,11 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import time
 
-from arms import ROOT, SHAPES, VOCAB, build_peer, depth, give, kept, middle, run_arm
+from arms import ROOT, SHAPES, VOCAB, build_peer, depth, kept, run_arm
+
+from e3jax.bench import steps
+from e3jax.bench.timing import give, middle, seconds
 
 DEVICE = "cuda"
 PROMPT, TOKENS = 1024, 128
@@ -72,28 +74,21 @@ def parse() -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace, what: str, *details: str) -> dict:
-    """Seconds of each turn, by folder."""
+    """Seconds of each turn, by folder; of a prefill, or a token."""
     if what == "make":
         return make(options)
-    import torch
-
-    # The second model's depth is not a dynamic size of the first one's program.
-    torch._dynamo.config.automatic_dynamic_shapes = False
-    step = {"prefill": prefill, "decode": decode}[what]
-    steps = [step(load(options.folder / name), *map(int, details)) for name in FOLDERS]
-    turns = [[step() for step in steps] for _ in range(WARM + TURNS)]
+    (batch,) = map(int, details)
+    prompts = steps.random_prompts(VOCAB, batch, PROMPT if what == "prefill" else 128, 0)
+    made = [steps.theirs(load(options.folder / name), prompts) for name in FOLDERS]
+    turns = [[spent(one, what) for one in made] for _ in range(WARM + TURNS)]
     return dict(zip(FOLDERS, zip(*turns[WARM:])))
 
 
-def spent(step) -> float:
-    """Seconds of a step."""
-    import torch
-
-    torch.cuda.synchronize()
-    begun = time.perf_counter()
-    step()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begun
+def spent(one: steps.Steps, what: str) -> float:
+    """Seconds of a prefill, or of a token: an answer of TOKENS + 1 less one of a single token."""
+    if what == "prefill":
+        return seconds(one.prefill)
+    return (seconds(lambda: one.answer(TOKENS + 1)) - seconds(lambda: one.answer(1))) / TOKENS
 
 
 def load(folder: pathlib.Path):
@@ -125,36 +120,6 @@ def make(options: argparse.Namespace) -> dict:
         for name, weight in model.model.layers[number].state_dict().items():
             torch.testing.assert_close(layer.state_dict()[name], weight, rtol=0, atol=0)
     return {"layers": len(keep)}
-
-
-def prefill(model, batch: int):
-    """A function that gives the seconds of a forward pass."""
-    import torch
-
-    tokens = torch.randint(0, VOCAB, (batch, PROMPT), device=DEVICE)
-    forward = torch.compile(model.forward)
-
-    def step():
-        with torch.no_grad():
-            return forward(tokens, use_cache=False, logits_to_keep=1).logits
-
-    assert torch.isfinite(step()).all()
-    return lambda: spent(step)
-
-
-def decode(model, batch: int):
-    """One that gives seconds a token: of an answer of TOKENS + 1 less one of a single token."""
-    import torch
-
-    prompts = torch.randint(0, VOCAB, (batch, 128), device=DEVICE)
-
-    def answer(count: int):
-        return model.generate(
-            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=count,
-            min_new_tokens=count, do_sample=False, cache_implementation="static", pad_token_id=0,
-        )  # fmt: skip
-
-    return lambda: (spent(lambda: answer(TOKENS + 1)) - spent(lambda: answer(1))) / TOKENS
 
 
 if __name__ == "__main__":

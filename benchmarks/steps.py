@@ -21,7 +21,9 @@ import re
 import statistics
 import sys
 
-from arms import ROW, SHAPES, give, kept, middle, model_config, run_arm, timed
+from arms import ROW, SHAPES, kept, model_config, run_arm, timed
+
+from e3jax.bench.timing import give, middle
 
 
 def main() -> None:

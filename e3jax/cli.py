@@ -53,6 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 stack.enter_context(_terminable())
                 from_mask.export(run, options.from_mask, dry_run=options.dry_run)
                 return 0
+            if options.command == "bench":
+                _prepare_jax(run, on_host=True)  # the devices are for the processes it starts
+                from e3jax.bench import bench
+
+                stack.enter_context(_terminable())
+                bench.execute(run, dry_run=options.dry_run)
+                return 0
             planned = chips.parse(options.topology) if options.command == "plan" else None
             _prepare_jax(run, planned)
             if several:
@@ -152,8 +159,9 @@ def _several(options: argparse.Namespace) -> bool:
         commands.make_parser().error(
             "give --distributed alone, or all of --coordinator, --processes and --process"
         )
-    if options.from_mask is not None and (options.distributed or given):
-        commands.make_parser().error("--from-mask is the work of one process")
+    alone = "--from-mask" if options.from_mask is not None else options.command
+    if alone in ("--from-mask", "bench") and (options.distributed or given):
+        commands.make_parser().error(f"{alone} is the work of one process")
     if not options.distributed and not given and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         log = logging.getLogger("e3jax")
         log.warning("Slurm started several tasks: without --distributed each works alone")
@@ -174,8 +182,11 @@ def _joined(options: argparse.Namespace) -> Iterator[None]:
         yield
 
 
-def _prepare_jax(run: config.Run, planned: chips.Topology | None = None) -> None:
-    """Process-wide settings, before anything touches a device, or for a plan instead of any."""
+def _prepare_jax(
+    run: config.Run, planned: chips.Topology | None = None, *, on_host: bool = False
+) -> None:
+    """Process-wide settings, before anything touches a device, or for a plan instead of any; with
+    on_host this process alone has none."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     flags = []
@@ -192,3 +203,5 @@ def _prepare_jax(run: config.Run, planned: chips.Topology | None = None) -> None
     import jax
 
     jax.config.update("jax_threefry_partitionable", True)
+    if on_host:
+        jax.config.update("jax_platforms", "cpu")

@@ -51,6 +51,15 @@ COMMANDS = {
         standard error, and cost. Given again, it goes on.""",
         ("compare", "search", "distill", "evaluate"),
     ),
+    "bench": (
+        "measured speed of the export beside the dense model, in jax and in transformers",
+        """Prefill, decoding and end-to-end throughput and memory of both models on one device:
+        random prompts, greedy answers, all of one length. Each is measured in a process of its own,
+        and in transformers (where torch is installed) only if its logits are ours. Prints how much
+        faster the export is beside what its layers, and its work, promise; writes bench/ and the
+        report in the run folder, which holds a finished run of the same configuration.""",
+        ("bench", "model"),
+    ),
     "plan": (
         "memory, time and chip-hours on a topology that need not be there",
         """Compiles the search and distillation steps ahead of time on this machine's CPU, for TPUs

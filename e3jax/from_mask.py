@@ -1,6 +1,7 @@
 """export --from-mask: a mask file applied to a checkpoint's folder, without jax or a model."""
 
 import dataclasses
+import json
 import logging
 import pathlib
 import time
@@ -54,8 +55,11 @@ def export(run: config.Run, mask_path: str, *, dry_run: bool = False) -> None:
         )
     card = cards.model_card(
         name=out.name,
+        folder=out.name,
         base_model=hub.shown(run.model.path),
         license_keys=cards.read_license(source),
+        config=json.loads(plan.files["config.json"]),
+        chat=cards.has_chat_template(source),
         keep=mask.keep,
         num_layers=mask.num_layers,
         recovered=False,

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import resource
 import subprocess
 import sys
@@ -51,9 +52,18 @@ def stage(out: pathlib.Path, name: str) -> Iterator[None]:
 def _memory() -> dict[str, Any]:
     told = [device.memory_stats() or {} for device in jax.local_devices()]
     most = [stats["peak_bytes_in_use"] for stats in told if "peak_bytes_in_use" in stats]
+    return {"device_bytes": max(most, default=None), "host_bytes": host_bytes()}
+
+
+def host_bytes() -> int:
+    """The most memory that this process had resident so far."""
+    with contextlib.suppress(OSError):  # no Linux
+        status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
+        # What getrusage tells begins with that of the process that started this one.
+        if found := re.search(r"VmHWM:\s*(\d+) kB", status):
+            return 1024 * int(found[1])
     unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"device_bytes": max(most, default=None), "host_bytes": host}
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _where() -> dict[str, Any]:

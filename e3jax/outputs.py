@@ -65,8 +65,11 @@ def export(
     stored = jax.tree.map(lambda w: w.astype(dtype), params)
     card = cards.model_card(
         name=job_.out.name,
+        folder=out.name,
         base_model=hub.shown(job_.run.model.path),
         license_keys=cards.read_license(job_.source),
+        config=hf_export.pruned_config(job_.source, mask.keep),
+        chat=cards.has_chat_template(job_.source),
         keep=mask.keep,
         num_layers=job_.cfg.num_layers,
         rows=[row.shown() for row in rows],

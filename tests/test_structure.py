@@ -35,7 +35,7 @@ ORDER = (
     {"recovery"},
     {"choice"},
     {"from_mask", "inspection", "outputs", "report"},
-    {"rehearsal", "comparison"},
+    {"rehearsal", "comparison", "bench"},
     {"commands", "pipeline"},
     {"cli"},
 )

@@ -8,13 +8,14 @@ from pydantic import Field
 
 from e3jax.config.distill import PLAIN, Distill, Optimizer, Train
 from e3jax.config.inputs import Data, Mesh, Model, Source
-from e3jax.config.results import Compare, Evaluate, Export, Selector
+from e3jax.config.results import Bench, Compare, Evaluate, Export, Selector
 from e3jax.config.search import KEEP, Search, Target
 from e3jax.config.strict import strict
 
 __all__ = [
     "KEEP",
     "PLAIN",
+    "Bench",
     "Compare",
     "Data",
     "Distill",
@@ -48,6 +49,7 @@ class Run:
     export: Export = Field(default=Export(), description="safetensors out")
     evaluate: Evaluate = Field(default=Evaluate(), description="figures")
     compare: Compare = Field(default=Compare(), description="selectors (the `compare` command)")
+    bench: Bench = Field(default=Bench(), description="speed (the `bench` command)")
 
     @pydantic.model_validator(mode="after")
     def _teacher_of_candidates(self) -> "Run":

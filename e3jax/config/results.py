@@ -1,7 +1,7 @@
 """What is written and measured."""
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 from pydantic import Field
@@ -103,3 +103,13 @@ class Compare:
         if min(self.seeds) < 0:
             raise ValueError(f"seeds: {min(self.seeds)} is negative")
         return self
+
+
+@strict
+class Bench:
+    batch: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(1, 8), min_length=1, description="rows at a time, each count measured"
+    )
+    prompt: int = Field(default=128, ge=1, description="tokens of each prompt, random ones")
+    new_tokens: int = Field(default=64, ge=2, description="tokens of each answer")
+    repeats: int = Field(default=5, ge=2, description="measurements, of which the median is shown")

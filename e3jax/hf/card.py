@@ -1,11 +1,15 @@
 """The model card of an export: README.md with the front matter that the Hugging Face hub reads."""
 
+import contextlib
+import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
+
+from e3jax.hf.engines import ENGINES
 
 LICENSE_KEYS = ("license", "license_name", "license_link")
 
@@ -30,11 +34,25 @@ def read_license(folder: str | pathlib.Path) -> dict[str, str]:
     return {"license": "other", "license_link": files[0]} if files else {}
 
 
+def has_chat_template(folder: str | pathlib.Path) -> bool:
+    """Whether a checkpoint's tokenizer can render messages."""
+    folder = pathlib.Path(folder)
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        with contextlib.suppress(ValueError):  # what is wrong with it is told where it is used
+            if "chat_template" in json.loads(settings.read_text(encoding="utf-8")):
+                return True
+    return any(folder.glob("chat_template*"))
+
+
 def model_card(
     *,
     name: str,
+    folder: str,
     base_model: str,
     license_keys: Mapping[str, str],
+    config: Mapping[str, Any],
+    chat: bool,
     keep: Sequence[int],
     num_layers: int,
     chosen_by: str,
@@ -43,10 +61,11 @@ def model_card(
 ) -> str:
     """README.md, in Markdown, of a pruned model.
 
-    name: of the exported folder; base_model: hub id, or what else to call the source; license_keys:
-    from `read_license`; keep: kept layers, counted from 0, of the source's `num_layers`; rows:
-    figures, one mapping of column -> value a row, all with the same columns; recovered: whether
-    the pruned model was distilled; chosen_by: what chose the layers.
+    name: the title; folder: what the exported one is called; base_model: hub id, or what else to
+    call the source; license_keys: from `read_license`; config: the export's config.json; chat:
+    whether it has a chat template; keep: kept layers, counted from 0, of the source's `num_layers`;
+    rows: figures, one mapping of column -> value a row, all with the same columns; recovered:
+    whether the pruned model was distilled; chosen_by: what chose the layers.
     """
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     front |= {"tags": ["e3jax", "e3-pruner", "layer-pruning"], **license_keys}
@@ -67,6 +86,7 @@ def model_card(
     return CARD.format(
         front=yaml.safe_dump(front, sort_keys=True, allow_unicode=True).strip(),
         name=name,
+        folder=folder,
         base=base,
         count=len(keep),
         num_layers=num_layers,
@@ -76,7 +96,23 @@ def model_card(
         removed=", ".join(map(str, removed)) or "none",
         terms=terms,
         figures=_table(rows),
+        endpoint="chat/completions" if chat else "completions",
+        question='"messages": [{"role": "user", "content": "…"}]' if chat else '"prompt": "…"',
+        engines=_engines(config, folder),
     )
+
+
+def _engines(config: Mapping[str, Any], folder: str) -> str:
+    """How each engine that has the model serves it, and which do not."""
+    having = [engine for engine in ENGINES if engine.serves(config)]
+    lines = [f"# {e.name} ({e.release})\n{e.command.format(folder)}" for e in having]
+    text = "\n```sh\n" + "\n".join(lines) + "\n```\n" if lines else ""
+    if missing := [f"{e.name} ({e.release})" for e in ENGINES if e not in having]:
+        text += (
+            f"\nNot known to serve it as it is: {', '.join(missing)}. Either the architecture is"
+            " missing there, or what tells its layers apart is not read from config.json.\n"
+        )
+    return text
 
 
 def trained_card(
@@ -108,14 +144,17 @@ An ordinary checkpoint of its family: no custom code, no flag. From the folder a
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```
 
 ```sh
-vllm serve {name}
+pip install "transformers[serving]"
+transformers serve {folder}
+curl localhost:8000/v1/{endpoint} -H "Content-Type: application/json" \\
+  -d '{{"model": "{folder}", {question}, "max_tokens": 256, "temperature": 0}}'
 ```
-
+{engines}
 ## How it was made
 
 With e3jax, an implementation in JAX of E3-Pruner:

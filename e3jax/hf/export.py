@@ -51,15 +51,17 @@ def export(
     """
     source = pathlib.Path(source_folder)
     dtype = source_dtype(source) if dtype == "source" else dtype
-    config = with_dtype(_loaded(cut_config(read_json(source / "config.json"), keep)), dtype)
+    config = with_dtype(pruned_config(source, keep), dtype)
     files = aside.carried(source) | {"config.json": to_json(config), "README.md": card.encode()}
     return _write(
         params, cfg, files, pathlib.Path(out_folder).absolute(), dtype, shard_bytes, verify
     )
 
 
-def _loaded(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json of what was loaded: weights are dequantised, and no layer drafts tokens ahead."""
+def pruned_config(source: pathlib.Path, keep: Sequence[int]) -> dict[str, Any]:
+    """config.json of layers `keep` of what was loaded: weights are dequantised, and no layer drafts
+    tokens ahead."""
+    config = cut_config(read_json(source / "config.json"), keep)
     drafts = FAMILIES[config["model_type"]].drafts
     plain = {key: value for key, value in config.items() if key not in QUANTIZATION}
     return plain | {drafts: 0} if drafts in plain else plain

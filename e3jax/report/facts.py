@@ -13,8 +13,9 @@ from typing import Any
 
 from e3jax import files
 from e3jax.errors import UserError
-from e3jax.evaluate import answers, intervals, rows
+from e3jax.evaluate import answers, intervals, rows, speed
 from e3jax.evaluate.rows import Row
+from e3jax.evaluate.speed import Speed
 from e3jax.hf.aside import RECORD
 from e3jax.report import records
 from e3jax.training.metrics import read_metrics
@@ -83,6 +84,7 @@ class Facts:
     versions: list[str]
     dense: str | None  # hash of the dense checkpoint
     exports: list[Export]
+    speed: Speed | None
 
     @property
     def baselines(self) -> list[str]:
@@ -129,6 +131,7 @@ def read(out: pathlib.Path) -> Facts:
             versions=_versions(out),
             dense=_dense(out, mask),
             exports=[e for name in ("export", "export-raw") if (e := _export(out / name))],
+            speed=speed.read(out / "bench"),
         )
 
 

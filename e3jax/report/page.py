@@ -22,6 +22,7 @@ import yaml
 from e3jax import __version__, files
 from e3jax.errors import UserError
 from e3jax.evaluate import intervals
+from e3jax.evaluate.speed import PHASES
 from e3jax.report import facts, records
 from e3jax.report.facts import Facts
 
@@ -68,7 +69,9 @@ def render(outs: Sequence[pathlib.Path]) -> str:
     environment.filters |= {
         "percent": percent, "memory": memory, "seconds": seconds, "count": count, "yaml": as_yaml,
     }  # fmt: skip
-    environment.globals |= {"summary": summary, "commands": commands, "removed": removed}
+    environment.globals |= {
+        "summary": summary, "commands": commands, "removed": removed, "phases": PHASES,
+    }  # fmt: skip
     return environment.from_string(TEMPLATE).render(
         title=" beside ".join(run.name for run in runs),
         sections=sections,

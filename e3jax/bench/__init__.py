@@ -1,0 +1,1 @@
+"""Measured speed: dense beside pruned, by us and by transformers, on the same device."""
