@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from_mask.export(run, options.from_mask, dry_run=options.dry_run)
                 return 0
             planned = chips.parse(options.topology) if options.command == "plan" else None
-            _prepare_jax(run, planned)
+            prepare_jax(run, planned)
             if several:
                 stack.enter_context(_joined(options))
             from e3jax import notice, pipeline  # after the environment is set: they import jax
@@ -174,7 +174,7 @@ def _joined(options: argparse.Namespace) -> Iterator[None]:
         yield
 
 
-def _prepare_jax(run: config.Run, planned: chips.Topology | None = None) -> None:
+def prepare_jax(run: config.Run, planned: chips.Topology | None = None) -> None:
     """Process-wide settings, before anything touches a device, or for a plan instead of any."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -124,7 +124,6 @@ def open_job(run: config.Run) -> Job:
     """Checks that the parts of the dense model belong together. Call under the mesh."""
     source = hub.resolve(run.model.path, run.model.revision)
     cfg = families.read_config(source)
-    check_window(run, cfg)
     tokenizer = text.load_tokenizer(source)
     text.check_vocab(tokenizer, cfg.vocab_size)
     tell_replicated(cfg, folders.source_dtype(source))
@@ -139,6 +138,27 @@ def open_job(run: config.Run) -> Job:
         load=functools.partial(load.load_params, source, cfg),
         tokenizer=tokenizer,
     )
+
+
+def in_memory(
+    run: config.Run, cfg: ModelConfig, params: Params, train: Windows, held_out: Windows
+) -> Job:
+    """A job of a model and of windows that are there, in the folder `run.out`.
+
+    Nothing is known of a checkpoint or a tokenizer, so that stages which write none are for it.
+    """
+    check_window(run, cfg)
+    made = Job(
+        run=run,
+        out=pathlib.Path(run.out),
+        source=pathlib.Path(run.model.path),
+        identity="in memory",
+        cfg=cfg,
+        load=lambda: params,
+        tokenizer=None,
+    )
+    made.__dict__.update(train=train, held_out=held_out)
+    return made
 
 
 def tell_replicated(cfg: ModelConfig, dtype: str) -> None:
