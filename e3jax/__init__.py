@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     )
     from e3jax.errors import UserError
     from e3jax.models.decoder import take_layers
+    from e3jax.models.nnx import Decoder
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Decoder",
     "Loaded",
     "Pruned",
     "UserError",
@@ -40,7 +42,8 @@ __all__ = [
     "windows",
 ]
 
-_ELSEWHERE = {"UserError": "errors", "take_layers": "models.decoder"}  # than in api.py
+# Than in api.py.
+_ELSEWHERE = {"Decoder": "models.nnx", "UserError": "errors", "take_layers": "models.decoder"}
 
 
 def __getattr__(name: str) -> Any:
