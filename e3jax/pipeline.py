@@ -1,15 +1,11 @@
 """The commands: which stages run, in order, and what is printed at the end."""
 
-import contextlib
 import dataclasses
 import functools
 import logging
 import pathlib
-import secrets
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
 
 import jax
 
@@ -18,20 +14,18 @@ from e3jax import (
     choice,
     comparison,
     config,
-    configure,
     files,
     job,
     ledger,
-    mesh,
     outputs,
+    plain,
     processes,
     recovery,
     rehearsal,
     target,
     teaching,
 )
-from e3jax.data import text
-from e3jax.errors import Diverged, UserError
+from e3jax.errors import Diverged
 from e3jax.evaluate import lm_eval, table
 from e3jax.hf import families, folders, hub
 from e3jax.job import Job
@@ -44,7 +38,6 @@ from e3jax.planning import plan as planning
 from e3jax.planning.chips import Topology
 from e3jax.progress import log_file
 from e3jax.report import page, pictures
-from e3jax.training import metrics
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +55,7 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
     ):
         job.keep_compiled(out)
         if command == "train":
-            train(run, out)
+            plain.train(run, out)
             return
         begun = processes.from_first(lambda: [(out / x).exists() for x in ("search", "distill")])
         if not any(begun) and command in ("run", "search", "distill", "compare"):
@@ -87,7 +80,7 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
                 layers=job_.cfg.num_layers,
                 play=functools.partial(rehearsal.play, job_, command),
             )
-        with _boards(run, out):
+        with job.boards(run, out):
             COMMANDS[command](job_)
         if command != "compare" and processes.is_first():
             pictures.draw(out)
@@ -95,24 +88,13 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
             print(f"report: {out}/{page.REPORT}")
 
 
-def _boards(run: config.Run, out: pathlib.Path) -> AbstractContextManager[None]:
-    """Weights & Biases where it was asked for: a run folder is one run there, restarts included."""
-    if run.wandb is None or not processes.is_first():
-        return contextlib.nullcontext()
-    path = out / "wandb.json"
-    if not path.exists():
-        files.write_json(path, secrets.token_hex(8))
-    place = files.read_json(path)
-    return metrics.weights_and_biases(run.wandb, place, out, configure.as_dict(run))
-
-
 def _plan_text(command: str, run: config.Run) -> str:
     if command == "train":
-        cfg = families.read_config(_train_config(run))
+        cfg = families.read_config(plain.architecture(run))
         job.check_window(run, cfg)
         return (
             f"train: {cfg.num_layers} layers, {decoder.count_params(cfg):,} parameters, "
-            f"<= {_train_tokens(run):,} tokens"
+            f"<= {plain.tokens(run):,} tokens"
         )
     path, run = _targeted(run)
     planned, family = _budget(run, command, path), families.read_config(path).family
@@ -144,16 +126,6 @@ def _resolved(run: config.Run, cfg: ModelConfig, command: str) -> config.Run:
         return dataclasses.replace(run, distill=dataclasses.replace(run.distill, mask=None))
     spec = dataclasses.replace(run.search, keep=len(given.keep), protect=(), force=())
     return dataclasses.replace(run, search=spec)
-
-
-def _train_config(run: config.Run) -> pathlib.Path:
-    if run.train.config is not None:
-        return files.bundled(run.train.config)
-    return hub.resolve_config(run.model.path, run.model.revision)
-
-
-def _train_tokens(run: config.Run) -> int:
-    return run.train.recipe.steps * run.train.recipe.batch * run.data.window
 
 
 def plan(run: config.Run, topology: Topology, *, search_mesh: bool = False) -> bool:
@@ -335,61 +307,3 @@ def _recovered_row(job_: Job, student: Params, mask: Mask, stage: str) -> table.
     name = f"{mask.selector} recovered"
     with ledger.stage(job_.out, "evaluate"):
         return table.measure_student(job_, name, lambda: student, mask, stage)
-
-
-# ---------------------------------------------------------------- train
-
-
-def train(run: config.Run, out: pathlib.Path) -> None:
-    """Next-token training, from scratch (train.config) or from a checkpoint (model.path)."""
-    spec, recipe = run.train, run.train.recipe
-    if recipe.teacher != "none":
-        raise UserError(
-            f"train.recipe.teacher={recipe.teacher}: plain training has none; use distill"
-        )
-    if spec.config is None:
-        job_ = job.open_job(run)
-        cfg, tokenizer_folder = job_.cfg, job_.source
-        start: dict[str, Any] = {"model": job_.identity}
-
-        def make_params(cfg: ModelConfig) -> Params:
-            whole = job_.load()  # kept by nobody else: they are trained in their place
-            return whole if cfg == job_.cfg else decoder.take_layers(whole, job_.cfg, rehearsal.TWO)
-
-    else:
-        if spec.tokenizer is None:
-            raise UserError("train.tokenizer: required with train.config: a tokenizer's folder")
-        cfg = families.read_config(_train_config(run))
-        tokenizer_folder = files.bundled(spec.tokenizer)
-        text.check_vocab(text.load_tokenizer(tokenizer_folder), cfg.vocab_size)
-        job.tell_replicated(cfg, "float32")
-        make_params = functools.partial(decoder.init_params, jax.random.key(run.seed))
-        start = {"config": dataclasses.asdict(cfg)}
-    job.check_window(run, cfg)
-    mesh.check_shared("train.recipe.batch", recipe.batch)
-    windows = job.tokenize(run, run.data.train, tokenizer_folder, run.data.decontaminate)
-    held_out = job.tokenize(run, run.data.held_out, tokenizer_folder)
-    job.record(run, out)
-
-    def work(cfg: ModelConfig, run: config.Run, out: pathlib.Path) -> None:
-        trained = recovery.train_student(
-            "train",
-            run,
-            run.train.recipe,
-            cfg=cfg,
-            make_params=lambda: make_params(cfg),
-            teacher=None,
-            train=windows,
-            held_out=held_out,
-            inputs=start | {"seed": run.seed, "dtype": run.model.dtype},
-            folder=out / "train",
-        )
-        outputs.export_trained(run, cfg, trained, tokenizer_folder, out / "export", windows)
-
-    play = functools.partial(work, cfg.take_layers(rehearsal.TWO))
-    rehearsal.before(run, out, tokens=_train_tokens(run), layers=cfg.num_layers, play=play)
-    with _boards(run, out), ledger.stage(out, "train"):
-        work(cfg, run, out)
-    if processes.is_first():
-        pictures.draw(out)
-    print(f"trained: {out}/export   pictures: {out}/plots")

@@ -36,6 +36,7 @@ ORDER = (
     {"choice"},
     {"from_mask", "inspection", "outputs", "report"},
     {"rehearsal", "comparison"},
+    {"plain", "sweep"},
     {"commands", "pipeline"},
     {"cli"},
     {"api"},
