@@ -109,7 +109,8 @@ def _explain(error: Any) -> str:
         general = ".".join(str(p) for p in place if not isinstance(p, int))
         known = {".".join(key.split(".")[: general.count(".") + 1]) for key in known_keys()}
         known |= known_keys().keys()
-        near = difflib.get_close_matches(general, known, 1, 0.5)
+        near = [k for k in known_keys() if k.endswith(f".{general}")]  # its section was left out
+        near = near or difflib.get_close_matches(general, known, 1, 0.5)
         return f"  {key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
     if error["type"] in ("missing", "missing_argument"):
         return f"  {key}: required and missing"

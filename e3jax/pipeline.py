@@ -22,6 +22,7 @@ from e3jax import (
     processes,
     recovery,
     rehearsal,
+    sweep,
     target,
     teaching,
 )
@@ -58,31 +59,32 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
             plain.train(run, out)
             return
         begun = processes.from_first(lambda: [(out / x).exists() for x in ("search", "distill")])
-        if not any(begun) and command in ("run", "search", "distill", "compare"):
+        if not any(begun) and command in ("run", "search", "distill", "compare", "sweep"):
             job.check_batches(run, command)  # now, not after the search
             if command != "search":
                 teaching.check_free(run, out)
-        path, run = _targeted(run)
+        path, run = _targeted(run, command)
         planned = _budget(run, command, path)
         job_ = job.open_job(run)
         log.info("%s", _describe_model(job_))
-        if command in ("run", "evaluate", "compare"):
+        if command in ("run", "evaluate", "compare", "sweep"):
             # What is wrong with them is told before the training.
             _ = job_.problems, job_.measured
             if run.evaluate.tasks:
                 lm_eval.known(run.evaluate.tasks, run.evaluate.task_path)
         job.record(run, out)
+        several = command == "sweep"  # runs
         with ledger.stage(out, "rehearsal"):
             rehearsal.before(
                 run,
                 out,
                 tokens=planned.tokens,
                 layers=job_.cfg.num_layers,
-                play=functools.partial(rehearsal.play, job_, command),
+                play=functools.partial(rehearsal.play, job_, "run" if several else command),
             )
         with job.boards(run, out):
             COMMANDS[command](job_)
-        if command != "compare" and processes.is_first():
+        if command != "compare" and not several and processes.is_first():
             pictures.draw(out)
             page.write([out], out / page.REPORT)
             print(f"report: {out}/{page.REPORT}")
@@ -96,18 +98,27 @@ def _plan_text(command: str, run: config.Run) -> str:
             f"train: {cfg.num_layers} layers, {decoder.count_params(cfg):,} parameters, "
             f"<= {plain.tokens(run):,} tokens"
         )
-    path, run = _targeted(run)
-    planned, family = _budget(run, command, path), families.read_config(path).family
-    text = f"{run.model.path} ({family}) -> {run.out}\n{budget.describe(planned)}"
+    path, run = _targeted(run, command)
+    cfg = families.read_config(path)
+    runs = sweep.runs(run, cfg) if command == "sweep" else [run]
+    text = "\n".join(
+        f"{each.model.path} ({cfg.family}) -> {each.out}\n"
+        f"{budget.describe(_budget(each, command, path))}"
+        for each in runs
+    )
     if command != "compare":
         return text
     choices = len(run.compare.selectors) * len(run.compare.seeds)
     return f"{text}\n  compare          {choices} choices, each at most that much"
 
 
-def _targeted(run: config.Run) -> tuple[pathlib.Path, config.Run]:
-    """The model's config.json, and the run with search.keep for search.target."""
+def _targeted(run: config.Run, command: str) -> tuple[pathlib.Path, config.Run]:
+    """The model's config.json, and the run with search.keep for search.target; of a sweep with the
+    most layers."""
     path = hub.resolve_config(run.model.path, run.model.revision)
+    if command == "sweep":
+        most = sweep.runs(run, families.read_config(path))[0].search
+        return path, dataclasses.replace(run, search=most)
     dtype = functools.partial(folders.planned_dtype, path)
     return path, target.resolve(run, families.read_config(path), dtype)
 
@@ -122,7 +133,7 @@ def _budget(run: config.Run, command: str, path: pathlib.Path) -> budget.Budget:
 def _resolved(run: config.Run, cfg: ModelConfig, command: str) -> config.Run:
     """The run with search.keep as a given mask has it, and without a mask that is not used."""
     given = _given_mask(run, cfg.num_layers)
-    if given is None or command in ("search", "compare"):
+    if given is None or command in ("search", "compare", "sweep"):
         return dataclasses.replace(run, distill=dataclasses.replace(run.distill, mask=None))
     spec = dataclasses.replace(run.search, keep=len(given.keep), protect=(), force=())
     return dataclasses.replace(run, search=spec)
@@ -133,7 +144,7 @@ def plan(run: config.Run, topology: Topology, *, search_mesh: bool = False) -> b
 
     The files are plan-TOPOLOGY.json and .txt in the run folder. Raises UserError.
     """
-    path, run = _targeted(run)
+    path, run = _targeted(run, "run")
     cfg, dtype = families.read_config(path), folders.planned_dtype(path)
     job.check_window(run, cfg)
     with job.claim_folder(run) as out:
@@ -193,15 +204,27 @@ def evaluate(job_: Job) -> None:
 
 def run_all(job_: Job) -> None:
     """search, distill, evaluate, export."""
+    _, _, rows = _whole(job_)
+    print(table.render(rows))
+    print(f"\npruned and recovered: {job_.out}/export   pictures: {job_.out}/plots")
+    if rows[0].problems:
+        print(f"answers side by side: {job_.out}/evaluate/samples.md")
+
+
+def _whole(job_: Job) -> tuple[Mask, Params, list[table.Row]]:
     mask = _mask(job_)
     student, rows = _evaluate(job_, mask)
     if job_.run.export.raw:
         _export_raw(job_, mask, rows)
     _export(job_, mask, student, "export", rows)
-    print(table.render(rows))
-    print(f"\npruned and recovered: {job_.out}/export   pictures: {job_.out}/plots")
-    if rows[0].problems:
-        print(f"answers side by side: {job_.out}/evaluate/samples.md")
+    return mask, student, rows
+
+
+def sweep_all(job_: Job) -> None:
+    """The whole job for several numbers of layers."""
+    points = sweep.sweep(job_, _whole)
+    sweep.write(job_.out, points)
+    print(f"{sweep.shown(points)}\n\nexports: {job_.out}/keep-*/export   picture: {job_.out}/plots")
 
 
 def compare(job_: Job) -> None:
@@ -221,6 +244,7 @@ COMMANDS: dict[str, Callable[[Job], None]] = {
     "export": export,
     "evaluate": evaluate,
     "compare": compare,
+    "sweep": sweep_all,
 }
 
 

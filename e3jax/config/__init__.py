@@ -8,7 +8,7 @@ from pydantic import Field
 
 from e3jax.config.distill import PLAIN, Distill, Optimizer, Train
 from e3jax.config.inputs import Data, Mesh, Model, Source
-from e3jax.config.results import Compare, Evaluate, Export, Selector
+from e3jax.config.results import Compare, Evaluate, Export, Selector, Sweep
 from e3jax.config.search import KEEP, Search, Target
 from e3jax.config.strict import strict
 
@@ -27,6 +27,7 @@ __all__ = [
     "Search",
     "Selector",
     "Source",
+    "Sweep",
     "Target",
     "Train",
 ]
@@ -48,6 +49,7 @@ class Run:
     export: Export = Field(default=Export(), description="safetensors out")
     evaluate: Evaluate = Field(default=Evaluate(), description="figures")
     compare: Compare = Field(default=Compare(), description="selectors (the `compare` command)")
+    sweep: Sweep = Field(default=Sweep(), description="several keeps (the `sweep` command)")
 
     @pydantic.model_validator(mode="after")
     def _teacher_of_candidates(self) -> "Run":

@@ -1,7 +1,7 @@
 """What is written and measured."""
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 from pydantic import Field
@@ -80,3 +80,12 @@ class Compare:
         if min(self.seeds) < 0:
             raise ValueError(f"seeds: {min(self.seeds)} is negative")
         return self
+
+
+@strict
+class Sweep:
+    keep: tuple[Annotated[int | float, Field(gt=0)], ...] = Field(
+        default=(0.9, 0.75, 0.6),
+        min_length=1,
+        description="in place of search.keep, one run each",
+    )
