@@ -238,6 +238,7 @@ def test_the_readme_calls_what_there_is():
 def test_the_readme_runs(tmp_path, monkeypatch):
     """All but the first block's run of a model that is not here."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # whose cache has the tokens
     space: dict = {}
     for code in PYTHON[1:]:
         exec(code, space)
