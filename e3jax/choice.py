@@ -17,7 +17,7 @@ import numpy as np
 
 from e3jax import config, files, job, mesh, processes, recovery
 from e3jax.data.windows import Windows
-from e3jax.errors import Diverged
+from e3jax.errors import Diverged, UserError
 from e3jax.evaluate.figures import make_figures
 from e3jax.job import Job
 from e3jax.mask import Mask, read_mask
@@ -48,27 +48,42 @@ def search_mask(job_: Job) -> Mask:
         "target",
         "checkpoint_every",
         "microbatch",
+        "start",
         *(() if spec.swaps else ("swap_windows",)),
     ):
         del decides[key]
+    start = _start(spec, cfg)
     inputs = job_.inputs(
         search=decides, train=job_.train.fingerprint, held_out=job_.held_out.fingerprint
     )
+    if start is not None:
+        inputs["start"] = files.fingerprint((start.theta, len(start.keep)))
     facts = inputs if spec.candidates == 1 else inputs | {"trials": trials | _trial_recipe(run)}
     path = folder / "mask.json"
     if (mask := _finished(path, cfg, facts)) is not None:
         log.info("search: finished before; keeping layers %s", list(mask.keep))
         return mask
 
-    importance_l, spent = IMPORTANCE.get(spec.init, _no_importance)(job_)
-    theta = gumbel.init_theta(
-        importance_l, spec.init, spec.init_form, spec.init_scale, seed=run.seed
-    )
+    if start is None:
+        above = None
+        importance_l, spent = IMPORTANCE.get(spec.init, _no_importance)(job_)
+        theta = gumbel.init_theta(
+            importance_l, spec.init, spec.init_form, spec.init_scale, seed=run.seed
+        )
+    else:
+        above, theta = len(start.keep), np.array(start.theta, np.float32)
+        importance_l, spent = np.array(start.scores), start.tokens
     figures = make_figures(cfg, cfg, dtype=job_.dtype, chunk=run.distill.chunk)
     held_out = list(job.ordered(job_.held_out, spec.together, spec.score_windows))
     held_tokens = float(job_.held_out.filled(spec.score_windows))
     take_step = search.make_search_step(
-        cfg, spec, seed=run.seed, dtype=job_.dtype, remat=run.model.remat, chunk=run.distill.chunk
+        cfg,
+        spec,
+        seed=run.seed,
+        dtype=job_.dtype,
+        remat=run.model.remat,
+        chunk=run.distill.chunk,
+        above=above,
     )
 
     def step(state: search.SearchState, arrays: Any) -> tuple[search.SearchState, dict]:
@@ -133,7 +148,8 @@ def search_mask(job_: Job) -> Mask:
         scores=tuple(importance_l.tolist()),
         kl=best.kl,
         tokens=int(state.tokens) + int(raced + tried) + spent,
-        teacher_tokens=round((spec.loss == "kl") * searched + scored + raced + tried),
+        teacher_tokens=round((spec.loss == "kl") * searched + scored + raced + tried)
+        + (start.teacher_tokens if start is not None else 0),
         seed=run.seed,
         checkpoint=job_.identity,
         config=files.fingerprint(facts),
@@ -142,6 +158,20 @@ def search_mask(job_: Job) -> Mask:
         files.write_json(path, mask)
     log.info("search: keeping layers %s, held-out KL %.4f", list(mask.keep), mask.kl)
     return mask
+
+
+def _start(spec: config.Search, cfg: ModelConfig) -> Mask | None:
+    """The answer that the search goes on from. Raises UserError where it is none of a search."""
+    if spec.start is None:
+        return None
+    path = pathlib.Path(spec.start).expanduser()
+    found = read_mask(path, cfg.num_layers)
+    if len(found.theta) != cfg.num_layers:
+        raise UserError(
+            f"search.start={path}: {len(found.theta)} logits (theta) for {cfg.num_layers} layers; "
+            "expected the search/mask.json of a run"
+        )
+    return found
 
 
 def _answers(

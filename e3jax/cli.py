@@ -54,14 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from_mask.export(run, options.from_mask, dry_run=options.dry_run)
                 return 0
             if options.command == "bench":
-                _prepare_jax(run, on_host=True)  # the devices are for the processes it starts
+                prepare_jax(run, on_host=True)  # the devices are for the processes it starts
                 from e3jax.bench import bench
 
                 stack.enter_context(_terminable())
                 bench.execute(run, dry_run=options.dry_run)
                 return 0
             planned = chips.parse(options.topology) if options.command == "plan" else None
-            _prepare_jax(run, planned)
+            prepare_jax(run, planned)
             if several:
                 stack.enter_context(_joined(options))
             from e3jax import notice, pipeline  # after the environment is set: they import jax
@@ -182,7 +182,7 @@ def _joined(options: argparse.Namespace) -> Iterator[None]:
         yield
 
 
-def _prepare_jax(
+def prepare_jax(
     run: config.Run, planned: chips.Topology | None = None, *, on_host: bool = False
 ) -> None:
     """Process-wide settings, before anything touches a device, or for a plan instead of any; with

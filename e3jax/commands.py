@@ -60,6 +60,14 @@ COMMANDS = {
         report in the run folder, which holds a finished run of the same configuration.""",
         ("bench", "model"),
     ),
+    "sweep": (
+        "the whole job for several numbers of layers: quality against speed and size",
+        """Runs the job for each of sweep.keep, the most layers first, in out/keep-K: search,
+        distill, evaluate, export. The dense model is measured once, and each search begins where
+        the one before ended. Prints quality beside measured speed, and draws it. Given again, it
+        goes on.""",
+        ("sweep", "search", "distill", "evaluate"),
+    ),
     "plan": (
         "memory, time and chip-hours on a topology that need not be there",
         """Compiles the search and distillation steps ahead of time on this machine's CPU, for TPUs

@@ -2,8 +2,9 @@
 
 import dataclasses
 import difflib
+import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pydantic
@@ -14,13 +15,19 @@ from e3jax.config import Run
 from e3jax.errors import UserError
 
 
-def load_run(path: str | pathlib.Path | None, overrides: Sequence[str] = ()) -> Run:
+def load_run(
+    path: str | pathlib.Path | None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> Run:
     """Reads a YAML file or none, applies `key.path=value` overrides (also YAML), validates.
 
+    values: the same as Python values, by key; a section may be a mapping, of which each key counts.
     A file that is not here, or a bare name such as `demo`, means one of the bundled configurations.
     Raises UserError naming the file, key and value; an unknown key with the nearest known one.
     """
-    where = "the command line" if path is None else str(_find(str(path)))
+    given = "the command line" if values is None else "the arguments"
+    where = given if path is None else str(_find(str(path)))
     try:
         tree = yaml.safe_load(pathlib.Path(where).read_text("utf-8") if path else "") or {}
     except OSError as error:
@@ -31,6 +38,8 @@ def load_run(path: str | pathlib.Path | None, overrides: Sequence[str] = ()) -> 
         raise UserError(f"{where}: expected keys and values, found {type(tree).__name__}")
     for text in overrides:
         _override(tree, text)
+    for key, value in _leaves(values or {}):
+        _put(tree, key, value, f"{key}={value}")
     return validate(tree, where)
 
 
@@ -45,6 +54,21 @@ def _override(tree: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"override {text!r}: expected key=value, such as search.keep=24")
+    try:
+        _put(tree, key, yaml.safe_load(value), text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {text!r}: the value is not valid YAML") from error
+
+
+def _leaves(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{section}{key}.")
+        else:
+            yield section + key, str(value) if isinstance(value, os.PathLike) else value
+
+
+def _put(tree: dict[str, Any], key: str, value: Any, text: str) -> None:
     *parents, last = key.split(".")
     place: Any = tree
     for name in parents:
@@ -56,10 +80,7 @@ def _override(tree: dict[str, Any], text: str) -> None:
     elif not isinstance(place, dict):
         raise UserError(f"override {text!r}: {'.'.join(parents)} is a value, not a section")
     index: Any = int(last) if isinstance(place, list) else last
-    try:
-        place[index] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {text!r}: the value is not valid YAML") from error
+    place[index] = value
 
 
 def _child(place: Any, name: str, text: str) -> Any:
@@ -88,7 +109,8 @@ def _explain(error: Any) -> str:
         general = ".".join(str(p) for p in place if not isinstance(p, int))
         known = {".".join(key.split(".")[: general.count(".") + 1]) for key in known_keys()}
         known |= known_keys().keys()
-        near = difflib.get_close_matches(general, known, 1, 0.5)
+        near = [k for k in known_keys() if k.endswith(f".{general}")]  # its section was left out
+        near = near or difflib.get_close_matches(general, known, 1, 0.5)
         return f"  {key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
     if error["type"] in ("missing", "missing_argument"):
         return f"  {key}: required and missing"

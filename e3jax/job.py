@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import pathlib
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from e3jax.hf import families, folders, hub, load
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Batch, Params
+from e3jax.training import metrics
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +126,6 @@ def open_job(run: config.Run) -> Job:
     """Checks that the parts of the dense model belong together. Call under the mesh."""
     source = hub.resolve(run.model.path, run.model.revision)
     cfg = families.read_config(source)
-    check_window(run, cfg)
     tokenizer = text.load_tokenizer(source)
     text.check_vocab(tokenizer, cfg.vocab_size)
     tell_replicated(cfg, folders.source_dtype(source))
@@ -139,6 +140,27 @@ def open_job(run: config.Run) -> Job:
         load=functools.partial(load.load_params, source, cfg),
         tokenizer=tokenizer,
     )
+
+
+def in_memory(
+    run: config.Run, cfg: ModelConfig, params: Params, train: Windows, held_out: Windows
+) -> Job:
+    """A job of a model and of windows that are there, in the folder `run.out`.
+
+    Nothing is known of a checkpoint or a tokenizer, so that stages which write none are for it.
+    """
+    check_window(run, cfg)
+    made = Job(
+        run=run,
+        out=pathlib.Path(run.out),
+        source=pathlib.Path(run.model.path),
+        identity="in memory",
+        cfg=cfg,
+        load=lambda: params,
+        tokenizer=None,
+    )
+    made.__dict__.update(train=train, held_out=held_out)
+    return made
 
 
 def tell_replicated(cfg: ModelConfig, dtype: str) -> None:
@@ -237,6 +259,17 @@ def record(run: config.Run, out: pathlib.Path) -> None:
     """run.json: the configuration that is at work in a run folder. Its folder is ours."""
     if processes.is_first():
         files.write_json(out / "run.json", configure.as_dict(run))
+
+
+def boards(run: config.Run, out: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    """Weights & Biases where it was asked for: a run folder is one run there, restarts included."""
+    if run.wandb is None or not processes.is_first():
+        return contextlib.nullcontext()
+    path = out / "wandb.json"
+    if not path.exists():
+        files.write_json(path, secrets.token_hex(8))
+    place = files.read_json(path)
+    return metrics.weights_and_biases(run.wandb, place, out, configure.as_dict(run))
 
 
 def keep_compiled(out: pathlib.Path) -> None:

@@ -89,15 +89,25 @@ def read_mask(path: pathlib.Path, num_layers: int) -> Mask:
             f"{path}: not a mask file ({wrong}); expected keep, a list of layer numbers, and "
             "num_layers"
         ) from error
+    return checked(mask, num_layers, str(path))
+
+
+def checked(mask: Mask, num_layers: int, where: str) -> Mask:
+    """The mask, with an order of the layers removed where it has none.
+
+    Raises UserError, beginning with `where`, when it is not one of a model of `num_layers`.
+    """
     keep, depth = list(mask.keep), mask.num_layers
     if depth != num_layers:
-        raise UserError(f"{path}: a mask of {depth} layers, and the model has {num_layers}")
+        raise UserError(f"{where}: a mask of {depth} layers, and the model has {num_layers}")
     if not keep or sorted(set(keep)) != keep or not 0 <= keep[0] <= keep[-1] < depth:
-        raise UserError(f"{path}: keep is {keep}; expected ascending numbers from 0 to {depth - 1}")
+        raise UserError(
+            f"{where}: keep is {keep}; expected ascending numbers from 0 to {depth - 1}"
+        )
     removed = [layer for layer in range(depth) if layer not in keep]
-    order = list(mask.order) if "order" in fields else removed
+    order = list(mask.order) or removed
     if sorted(order) != removed:
-        raise UserError(f"{path}: order is {order}; expected the removed layers, {removed}")
+        raise UserError(f"{where}: order is {order}; expected the removed layers, {removed}")
     return dataclasses.replace(mask, order=tuple(order))
 
 

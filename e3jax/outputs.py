@@ -47,8 +47,7 @@ def export(
 ) -> None:
     """Writes the pruned model as a Hugging Face folder; skipped when it is there from the same.
 
-    Before it gets its name it is read back: our own logits must agree, and where torch is installed
-    those of transformers and its greedy answers as well. Raises UserError, leaving nothing.
+    As `write`. Raises UserError where the export of another model is there.
     """
     spec = job_.run.export
     training = job_.out / "distill" / "checkpoints" / "inputs.json" if recovered else None
@@ -58,9 +57,36 @@ def export(
         shard_gb=spec.shard_gb,
         recovered=files.read_json(training) if training else None,
     )
-    if _is_there(out, inputs):
-        return
-    cfg = job_.cfg.take_layers(mask.keep)
+    if not _is_there(out, inputs):
+        write(
+            job_,
+            mask,
+            params,
+            out,
+            inputs=inputs,
+            recovered=recovered,
+            rows=rows,
+            transformers=transformers,
+        )
+
+
+def write(
+    job_: Job,
+    mask: Mask,
+    params: Params,
+    out: pathlib.Path,
+    *,
+    inputs: dict[str, Any],
+    recovered: bool,
+    rows: Sequence[Row] = (),
+    transformers: bool = True,
+) -> None:
+    """The same without a look at what is there. inputs: what it is made from, to be kept in it.
+
+    Before it gets its name it is read back: our own logits must agree, and where torch is installed
+    those of transformers and its greedy answers as well. Raises UserError, leaving nothing.
+    """
+    spec, cfg = job_.run.export, job_.cfg.take_layers(mask.keep)
     dtype = folders.source_dtype(job_.source) if spec.dtype == "source" else spec.dtype
     stored = jax.tree.map(lambda w: w.astype(dtype), params)
     card = cards.model_card(

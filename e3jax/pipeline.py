@@ -1,15 +1,11 @@
 """The commands: which stages run, in order, and what is printed at the end."""
 
-import contextlib
 import dataclasses
 import functools
 import logging
 import pathlib
-import secrets
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
 
 import jax
 
@@ -18,20 +14,19 @@ from e3jax import (
     choice,
     comparison,
     config,
-    configure,
     files,
     job,
     ledger,
-    mesh,
     outputs,
+    plain,
     processes,
     recovery,
     rehearsal,
+    sweep,
     target,
     teaching,
 )
-from e3jax.data import text
-from e3jax.errors import Diverged, UserError
+from e3jax.errors import Diverged
 from e3jax.evaluate import grading, lm_eval, table
 from e3jax.hf import families, folders, hub
 from e3jax.job import Job
@@ -44,7 +39,6 @@ from e3jax.planning import plan as planning
 from e3jax.planning.chips import Topology
 from e3jax.progress import log_file
 from e3jax.report import page, pictures
-from e3jax.training import metrics
 
 log = logging.getLogger(__name__)
 
@@ -62,70 +56,69 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
     ):
         job.keep_compiled(out)
         if command == "train":
-            train(run, out)
+            plain.train(run, out)
             return
         begun = processes.from_first(lambda: [(out / x).exists() for x in ("search", "distill")])
-        if not any(begun) and command in ("run", "search", "distill", "compare"):
+        if not any(begun) and command in ("run", "search", "distill", "compare", "sweep"):
             job.check_batches(run, command)  # now, not after the search
             if command != "search":
                 teaching.check_free(run, out)
-        path, run = _targeted(run)
+        path, run = _targeted(run, command)
         planned = _budget(run, command, path)
         job_ = job.open_job(run)
         log.info("%s", _describe_model(job_))
-        if command in ("run", "evaluate", "compare"):
+        if command in ("run", "evaluate", "compare", "sweep"):
             # What is wrong with them is told before the training.
             _ = job_.problems, job_.measured, grading.facts(run.evaluate)
             if run.evaluate.tasks:
                 lm_eval.known(run.evaluate.tasks, run.evaluate.task_path)
         job.record(run, out)
+        several = command == "sweep"  # runs
         with ledger.stage(out, "rehearsal"):
             rehearsal.before(
                 run,
                 out,
                 tokens=planned.tokens,
                 layers=job_.cfg.num_layers,
-                play=functools.partial(rehearsal.play, job_, command),
+                play=functools.partial(rehearsal.play, job_, "run" if several else command),
             )
-        with _boards(run, out):
+        with job.boards(run, out):
             COMMANDS[command](job_)
-        if command != "compare" and processes.is_first():
+        if command != "compare" and not several and processes.is_first():
             pictures.draw(out)
             page.write([out], out / page.REPORT)
             print(f"report: {out}/{page.REPORT}")
 
 
-def _boards(run: config.Run, out: pathlib.Path) -> AbstractContextManager[None]:
-    """Weights & Biases where it was asked for: a run folder is one run there, restarts included."""
-    if run.wandb is None or not processes.is_first():
-        return contextlib.nullcontext()
-    path = out / "wandb.json"
-    if not path.exists():
-        files.write_json(path, secrets.token_hex(8))
-    place = files.read_json(path)
-    return metrics.weights_and_biases(run.wandb, place, out, configure.as_dict(run))
-
-
 def _plan_text(command: str, run: config.Run) -> str:
     if command == "train":
-        cfg = families.read_config(_train_config(run))
+        cfg = families.read_config(plain.architecture(run))
         job.check_window(run, cfg)
         return (
             f"train: {cfg.num_layers} layers, {decoder.count_params(cfg):,} parameters, "
-            f"<= {_train_tokens(run):,} tokens"
+            f"<= {plain.tokens(run):,} tokens"
         )
-    path, run = _targeted(run)
-    planned, family = _budget(run, command, path), families.read_config(path).family
-    text = f"{run.model.path} ({family}) -> {run.out}\n{budget.describe(planned)}"
+    path, run = _targeted(run, command)
+    cfg = families.read_config(path)
+    runs = sweep.runs(run, cfg) if command == "sweep" else [run]
+    text = "\n".join(
+        f"{each.model.path} ({cfg.family}) -> {each.out}\n"
+        f"{budget.describe(_budget(each, command, path))}"
+        for each in runs
+    )
     if command != "compare":
         return text
     choices = len(run.compare.selectors) * len(run.compare.seeds)
     return f"{text}\n  compare          {choices} choices, each at most that much"
 
 
-def _targeted(run: config.Run) -> tuple[pathlib.Path, config.Run]:
-    """The model's config.json, and the run with search.keep for search.target."""
+def _targeted(run: config.Run, command: str) -> tuple[pathlib.Path, config.Run]:
+    """The model's config.json, and the run with search.keep for search.target; of a sweep with the
+    most layers."""
     path = hub.resolve_config(run.model.path, run.model.revision)
+    if command == "sweep":
+        most = sweep.runs(run, families.read_config(path))[0].search
+        return path, dataclasses.replace(run, search=most)
     dtype = functools.partial(folders.planned_dtype, path)
     return path, target.resolve(run, families.read_config(path), dtype)
 
@@ -140,20 +133,10 @@ def _budget(run: config.Run, command: str, path: pathlib.Path) -> budget.Budget:
 def _resolved(run: config.Run, cfg: ModelConfig, command: str) -> config.Run:
     """The run with search.keep as a given mask has it, and without a mask that is not used."""
     given = _given_mask(run, cfg.num_layers)
-    if given is None or command in ("search", "compare"):
+    if given is None or command in ("search", "compare", "sweep"):
         return dataclasses.replace(run, distill=dataclasses.replace(run.distill, mask=None))
     spec = dataclasses.replace(run.search, keep=len(given.keep), protect=(), force=())
     return dataclasses.replace(run, search=spec)
-
-
-def _train_config(run: config.Run) -> pathlib.Path:
-    if run.train.config is not None:
-        return files.bundled(run.train.config)
-    return hub.resolve_config(run.model.path, run.model.revision)
-
-
-def _train_tokens(run: config.Run) -> int:
-    return run.train.recipe.steps * run.train.recipe.batch * run.data.window
 
 
 def plan(run: config.Run, topology: Topology, *, search_mesh: bool = False) -> bool:
@@ -161,7 +144,7 @@ def plan(run: config.Run, topology: Topology, *, search_mesh: bool = False) -> b
 
     The files are plan-TOPOLOGY.json and .txt in the run folder. Raises UserError.
     """
-    path, run = _targeted(run)
+    path, run = _targeted(run, "run")
     cfg, dtype = families.read_config(path), folders.planned_dtype(path)
     job.check_window(run, cfg)
     with job.claim_folder(run) as out:
@@ -221,15 +204,27 @@ def evaluate(job_: Job) -> None:
 
 def run_all(job_: Job) -> None:
     """search, distill, evaluate, export."""
+    _, _, rows = _whole(job_)
+    print(table.render(rows))
+    print(f"\npruned and recovered: {job_.out}/export   pictures: {job_.out}/plots")
+    if rows[0].problems:
+        print(f"answers side by side: {job_.out}/evaluate/samples.md")
+
+
+def _whole(job_: Job) -> tuple[Mask, Params, list[table.Row]]:
     mask = _mask(job_)
     student, rows = _evaluate(job_, mask)
     if job_.run.export.raw:
         _export_raw(job_, mask, rows)
     _export(job_, mask, student, "export", rows)
-    print(table.render(rows))
-    print(f"\npruned and recovered: {job_.out}/export   pictures: {job_.out}/plots")
-    if rows[0].problems:
-        print(f"answers side by side: {job_.out}/evaluate/samples.md")
+    return mask, student, rows
+
+
+def sweep_all(job_: Job) -> None:
+    """The whole job for several numbers of layers."""
+    points = sweep.sweep(job_, _whole)
+    sweep.write(job_.out, points)
+    print(f"{sweep.shown(points)}\n\nexports: {job_.out}/keep-*/export   picture: {job_.out}/plots")
 
 
 def compare(job_: Job) -> None:
@@ -249,6 +244,7 @@ COMMANDS: dict[str, Callable[[Job], None]] = {
     "export": export,
     "evaluate": evaluate,
     "compare": compare,
+    "sweep": sweep_all,
 }
 
 
@@ -335,61 +331,3 @@ def _recovered_row(job_: Job, student: Params, mask: Mask, stage: str) -> table.
     name = f"{mask.selector} recovered"
     with ledger.stage(job_.out, "evaluate"):
         return table.measure_student(job_, name, lambda: student, mask, stage)
-
-
-# ---------------------------------------------------------------- train
-
-
-def train(run: config.Run, out: pathlib.Path) -> None:
-    """Next-token training, from scratch (train.config) or from a checkpoint (model.path)."""
-    spec, recipe = run.train, run.train.recipe
-    if recipe.teacher != "none":
-        raise UserError(
-            f"train.recipe.teacher={recipe.teacher}: plain training has none; use distill"
-        )
-    if spec.config is None:
-        job_ = job.open_job(run)
-        cfg, tokenizer_folder = job_.cfg, job_.source
-        start: dict[str, Any] = {"model": job_.identity}
-
-        def make_params(cfg: ModelConfig) -> Params:
-            whole = job_.load()  # kept by nobody else: they are trained in their place
-            return whole if cfg == job_.cfg else decoder.take_layers(whole, job_.cfg, rehearsal.TWO)
-
-    else:
-        if spec.tokenizer is None:
-            raise UserError("train.tokenizer: required with train.config: a tokenizer's folder")
-        cfg = families.read_config(_train_config(run))
-        tokenizer_folder = files.bundled(spec.tokenizer)
-        text.check_vocab(text.load_tokenizer(tokenizer_folder), cfg.vocab_size)
-        job.tell_replicated(cfg, "float32")
-        make_params = functools.partial(decoder.init_params, jax.random.key(run.seed))
-        start = {"config": dataclasses.asdict(cfg)}
-    job.check_window(run, cfg)
-    mesh.check_shared("train.recipe.batch", recipe.batch)
-    windows = job.tokenize(run, run.data.train, tokenizer_folder, run.data.decontaminate)
-    held_out = job.tokenize(run, run.data.held_out, tokenizer_folder)
-    job.record(run, out)
-
-    def work(cfg: ModelConfig, run: config.Run, out: pathlib.Path) -> None:
-        trained = recovery.train_student(
-            "train",
-            run,
-            run.train.recipe,
-            cfg=cfg,
-            make_params=lambda: make_params(cfg),
-            teacher=None,
-            train=windows,
-            held_out=held_out,
-            inputs=start | {"seed": run.seed, "dtype": run.model.dtype},
-            folder=out / "train",
-        )
-        outputs.export_trained(run, cfg, trained, tokenizer_folder, out / "export", windows)
-
-    play = functools.partial(work, cfg.take_layers(rehearsal.TWO))
-    rehearsal.before(run, out, tokens=_train_tokens(run), layers=cfg.num_layers, play=play)
-    with _boards(run, out), ledger.stage(out, "train"):
-        work(cfg, run, out)
-    if processes.is_first():
-        pictures.draw(out)
-    print(f"trained: {out}/export   pictures: {out}/plots")

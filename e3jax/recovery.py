@@ -35,13 +35,17 @@ def survivors(job_: Job, mask: Mask) -> Params:
     return laco.survivors(job_.params, job_.cfg, mask.keep, mask.merges)
 
 
-def recover(job_: Job, mask: Mask, folder: pathlib.Path, held_out: Windows | None = None) -> Params:
+def recover(
+    job_: Job, mask: Mask, folder: pathlib.Path | None, held_out: Windows | None = None
+) -> Params:
     """Stage 2: the student of a mask, distilled from the dense model; float32 parameters.
 
+    folder: of the recovery, which goes on from what is there; None: nothing of it stays.
     held_out: the windows of its held-out figures, instead of the configuration's.
     """
     run, recipe = job_.run, job_.run.distill
     stored = teaching.stored_teacher(job_) if recipe.teacher == "cache" else None
+    name = "distill" if folder is None else folder.name
 
     def entropy() -> float:
         if stored is not None:
@@ -70,14 +74,14 @@ def recover(job_: Job, mask: Mask, folder: pathlib.Path, held_out: Windows | Non
         if recipe.fit:
             windows = job.ordered(job_.train, recipe.together, recipe.fit)
             batches = [mesh.shard_batch(batch) for batch in windows]
-            log.info("%s: the mlps are fitted to %d windows", folder.name, recipe.fit)
+            log.info("%s: the mlps are fitted to %d windows", name, recipe.fit)
             params = fitted(job_.params, job_.cfg, mask.keep, params, batches, dtype=job_.dtype)
         if stored is not None:
             job_.release()
         return params
 
     return train_student(
-        folder.name,
+        name,
         run,
         recipe,
         cfg=job_.cfg.take_layers(mask.keep),
@@ -104,7 +108,7 @@ def train_student(
     train: Windows,
     held_out: Windows,
     inputs: dict[str, Any],
-    folder: pathlib.Path,
+    folder: pathlib.Path | None,
     keep: Sequence[int] | None = None,
     mean_entropy: float = 1.0,
     stored: teaching.Stored | None = None,

@@ -67,6 +67,7 @@ def shorten(run: config.Run, folder: pathlib.Path) -> config.Run:
         search=dataclasses.replace(
             run.search,
             keep=1,
+            start=None,
             protect=(),
             force=(),
             swaps=0,

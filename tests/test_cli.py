@@ -322,6 +322,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(place, capsys, command):
     before = contents(place)
     arguments = ["--topology", "v5e:2x2"] if command == "plan" else []
     arguments += ["--config", str(place / "run.yaml"), "--dry-run", "seed=3"]
+    arguments += ["sweep.keep=[2, 3]"]  # the model has 4
     assert cli.main([command, *arguments]) == 0
     printed = capsys.readouterr().out
     assert contents(place) == before

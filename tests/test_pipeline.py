@@ -1,6 +1,7 @@
 """The command `run` from checkpoint to export, in this process, on a tiny random model."""
 
 import csv
+import dataclasses
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ import torch
 import transformers
 from matplotlib.image import imread
 
+import e3jax
 from e3jax import cli, files, outputs
 from e3jax.data.batches import prefetch
 from e3jax.distill import distill
@@ -133,6 +135,16 @@ def test_transformers_loads_the_export(place, name):
         assert same == (name == "export-raw")  # the other one was trained
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (out / file).read_bytes() == (place / "model" / file).read_bytes()
+
+
+def test_prune_reads_the_finished_run(place, no_work):
+    """The function is the command: it finds nothing to do."""
+    found = e3jax.prune(config=place / "run.yaml", **{"export.raw": True})
+    assert found.export == place / "out" / "export" and found.out == place / "out"
+    assert list(found.keep) == files.read_json(place / "out" / "search" / "mask.json")["keep"]
+    rows = files.read_json(place / "out" / "evaluate" / "results.json")
+    assert [dataclasses.asdict(row) for row in found.rows] == rows
+    assert all(name in str(found) for name in ROWS)
 
 
 def test_model_card(place):

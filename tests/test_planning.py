@@ -445,7 +445,7 @@ from e3jax import cli, configure
 from e3jax.hf import families, folders, hub
 from e3jax.planning import chips, compile
 run, topology = configure.load_run("llama2-7b"), chips.parse("v5p:2x2x1")
-cli._prepare_jax(run, topology)
+cli.prepare_jax(run, topology)
 path = hub.resolve_config(run.model.path)
 with jax.set_mesh(compile.open_mesh(topology, run.mesh)):
     facts = families.read_config(path), folders.planned_dtype(path)

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from e3jax.config.distill import PLAIN, Distill, Optimizer, Train
 from e3jax.config.inputs import Data, Mesh, Model, Source
-from e3jax.config.results import Bench, Compare, Evaluate, Export, Selector
+from e3jax.config.results import Bench, Compare, Evaluate, Export, Selector, Sweep
 from e3jax.config.search import KEEP, Search, Target
 from e3jax.config.strict import strict
 
@@ -28,6 +28,7 @@ __all__ = [
     "Search",
     "Selector",
     "Source",
+    "Sweep",
     "Target",
     "Train",
 ]
@@ -50,6 +51,7 @@ class Run:
     evaluate: Evaluate = Field(default=Evaluate(), description="figures")
     compare: Compare = Field(default=Compare(), description="selectors (the `compare` command)")
     bench: Bench = Field(default=Bench(), description="speed (the `bench` command)")
+    sweep: Sweep = Field(default=Sweep(), description="several keeps (the `sweep` command)")
 
     @pydantic.model_validator(mode="after")
     def _teacher_of_candidates(self) -> "Run":

@@ -113,3 +113,12 @@ class Bench:
     prompt: int = Field(default=128, ge=1, description="tokens of each prompt, random ones")
     new_tokens: int = Field(default=64, ge=2, description="tokens of each answer")
     repeats: int = Field(default=5, ge=2, description="measurements, of which the median is shown")
+
+
+@strict
+class Sweep:
+    keep: tuple[Annotated[int | float, Field(gt=0)], ...] = Field(
+        default=(0.9, 0.75, 0.6),
+        min_length=1,
+        description="in place of search.keep, one run each",
+    )

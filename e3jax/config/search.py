@@ -34,6 +34,10 @@ class Search:
     init: Literal["kl", "shortgpt", "zeros", "random"] = Field(
         default="kl", description="start of theta: a selector's score of each layer, or none"
     )
+    start: str | None = Field(
+        default=None,
+        description="mask file of a search whose theta and K this one goes on from; none = init",
+    )
     init_form: Literal["log", "rank"] = Field(
         default="log", description="importance -> theta: zscore(log s) or zscore(rank)"
     )

@@ -72,6 +72,40 @@ class Windows:
         return int(self.segments.max(initial=1))
 
 
+def from_arrays(
+    tokens: np.ndarray, segments: np.ndarray | None = None, loss: np.ndarray | None = None
+) -> Windows:
+    """Windows of arrays [M, T] as `Windows` has them. Without segments each is one document;
+    without loss all tokens that are not padding are to be learnt.
+
+    Raises UserError for arrays that are not of one shape [M, T], and tokens that are no integers.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(
+            f"tokens: {tokens.dtype} {list(tokens.shape)}; expected integers [windows, tokens]"
+        )
+    segments = np.ones_like(tokens) if segments is None else np.asarray(segments)
+    loss = segments > 0 if loss is None else np.asarray(loss)
+    for name, array in (("segments", segments), ("loss", loss)):
+        if array.shape != tokens.shape:
+            raise UserError(f"{name}: shape {list(array.shape)}; tokens have {list(tokens.shape)}")
+    arrays = {
+        name: np.ascontiguousarray(array, ARRAYS[name])
+        for name, array in zip(ARRAYS, (tokens, segments, loss), strict=True)
+    }
+    digest = _digest(tokens.shape[1])
+    for row in zip(*arrays.values(), strict=True):
+        for part in row:
+            digest.update(part)
+    return Windows(**arrays, meta={}, fingerprint=digest.hexdigest())
+
+
+def _digest(window: int) -> Any:
+    """What the arrays' rows, one after the other, make the fingerprint with."""
+    return hashlib.sha256(f"{window}".encode())
+
+
 def cut(
     documents: Iterable[Document], window: int, long_rows: Literal["split", "drop"], counts: dict
 ) -> Iterator[Document]:
@@ -156,7 +190,7 @@ def _write_arrays(
 ) -> dict[str, Any]:
     """The three .npy files, one window at a time; returns what was counted on the way."""
     count = tokens = loss_tokens = 0
-    digest = hashlib.sha256(f"{window}".encode())
+    digest = _digest(window)
     with contextlib.ExitStack() as stack:
         files = {n: stack.enter_context((folder / f"{n}.npy").open("wb")) for n in ARRAYS}
         for name, file in files.items():

@@ -46,6 +46,17 @@ def measure_student(
     return _once(job_, model, mask.keep, student, {"stage": inputs, "of": recipe}, tokens)
 
 
+def borrow(out: pathlib.Path, lender: pathlib.Path, row: Row) -> None:
+    """Gives the run folder `out` what was measured of a row in another run folder of its model."""
+    if not processes.is_first():
+        return
+    kinds = ("answers.jsonl", "windows.json", "deciles.json", "experts.json", "tasks.json", "json")
+    for kind in kinds:  # the last says that the others are there
+        there, here = (beside(folder / "evaluate", row.model, kind) for folder in (lender, out))
+        if there.exists() and not here.exists():
+            files.write_text(here, there.read_text(encoding="utf-8"))
+
+
 def windows(job_: Job, row: Row) -> list[list[float]]:
     """KL and tokens of each window that a row was measured on, sums."""
     return files.read_json(beside(job_.out / "evaluate", row.model, "windows.json"))

@@ -49,7 +49,7 @@ def make_budget(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Budget:
     fixed_layers(run.search, cfg.num_layers)
     search, distill, window = run.search, run.distill, run.data.window
     searched = distill.mask is None
-    init_passes = {"kl": cfg.num_layers, "shortgpt": 1}.get(search.init, 0)
+    init_passes = {"kl": cfg.num_layers, "shortgpt": 1}.get(search.init, 0) * (search.start is None)
     after = count_params(cfg.take_layers(range(keep)))
     scores = math.ceil(search.steps / search.score_every) + 1
     scored = (scores + search.swaps) * search.score_windows

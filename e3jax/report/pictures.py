@@ -37,6 +37,12 @@ def draw(out: pathlib.Path) -> None:
             )
 
 
+def draw_sweep(out: pathlib.Path, points: Sequence[Any]) -> None:
+    """plots/sweep: quality of a sweep's models against their speed and their parameters."""
+    (out / "plots").mkdir(exist_ok=True)
+    plots.tradeoff(out / "plots" / "sweep.png", points)
+
+
 def draw_comparison(out: pathlib.Path, results: Sequence[Any]) -> None:
     """plots/compare: KL of each selector's choices, raw and recovered."""
     names = list(dict.fromkeys(result.selector for result in results))

@@ -14,14 +14,20 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from e3jax import files
+from e3jax.evaluate.intervals import Z_95
 
 KEPT, REMOVED, INK = "#1f6f8b", "#d1495b", "#333333"
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def _canvas(width: float, height: float) -> Figure:
     """A figure without pyplot: no global state, no display."""
     figure = Figure(figsize=(width, height), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = _canvas(width, height)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -132,3 +138,55 @@ def compared(path: pathlib.Path, kl: Mapping[str, tuple[Sequence[float], Sequenc
         for value in values
     )
     _save(figure, path, ["selector", "state", "KL to dense (nats/token)"], rows)
+
+
+def tradeoff(path: pathlib.Path, points: Sequence[Any]) -> None:
+    """Quality against speed and parameters, with 95 % intervals: of each selector the models of a
+    sweep, joined; the dense one, the first of the points, as a diamond."""
+    dense, *others = points
+    scored = dense.exact is not None
+    figure = _canvas(8.5, 3.2 * (1 + scored))
+    grid = figure.subplots(1 + scored, 2, squeeze=False, sharey="row", sharex="col")
+    xs = (
+        ("decoding (tokens/s)", lambda p: p.speed.decode),
+        (
+            "parameters (millions)",
+            lambda p: p.row.parameters / 1e6,
+        ),
+    )
+    for column, (xlabel, x_of) in enumerate(xs):
+        for name in dict.fromkeys(point.row.model for point in others):
+            own = [point for point in others if point.row.model == name]
+            x = [x_of(point) for point in own]
+            margin = [Z_95 * (point.kl_error or 0.0) for point in own]
+            style = {"label": name, "marker": "o", "markersize": 4, "linewidth": 1, "capsize": 2}
+            grid[0][column].errorbar(x, [p.row.kl for p in own], margin, **style)
+            if scored:
+                share = np.array([p.row.exact_match for p in own])
+                low, high = np.array([p.exact for p in own]).T
+                ends = 100 * np.maximum([share - low, high - share], 0)
+                grid[1][column].errorbar(x, 100 * share, ends, **style)
+        grid[0][column].plot(x_of(dense), dense.row.kl, "D", color=INK, label="dense")
+        if scored:
+            grid[1][column].plot(x_of(dense), 100 * dense.row.exact_match, "D", color=INK)
+        grid[-1][column].set_xlabel(xlabel)
+    grid[0][0].set_ylabel("KL to dense (nats/token)")
+    if scored:
+        grid[1][0].set_ylabel("exact match (%)")
+    for axes in grid.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    grid[0][0].legend(frameon=False, fontsize=8)
+    figure.suptitle("Quality against speed here and size", fontsize=10)
+    columns = [
+        "model", "layers", "parameters", "KL to dense (nats/token)", "standard error",
+        "exact match", "from", "to", "prefill tokens/s", "decode tokens/s",
+    ]  # fmt: skip
+    rows = (
+        (
+            *(p.row.model, p.row.layers, p.row.parameters, p.row.kl, p.kl_error),
+            *(p.row.exact_match, *(p.exact or (None, None)), p.speed.prefill, p.speed.decode),
+        )
+        for p in points
+    )
+    _save(figure, path, columns, rows)

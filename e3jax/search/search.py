@@ -41,13 +41,13 @@ class SearchState:
     log_loss: jax.Array  # float32 [steps, W * M], of each, nats a token; NaN before they are drawn
 
 
-def resolve_keep(keep: int | float | None, num_layers: int) -> int:
+def resolve_keep(keep: int | float | None, num_layers: int, key: str = "search.keep") -> int:
     """A count, or a share below 1, -> layers kept. Raises UserError unless 1 <= K < L."""
     keep = config.KEEP if keep is None else keep
     count = round(keep * num_layers) if keep < 1 else keep
     if int(count) != count or not 1 <= count < num_layers:
         raise UserError(
-            f"search.keep={keep}: the model has {num_layers} layers; expected a count from 1 to "
+            f"{key}={keep}: the model has {num_layers} layers; expected a count from 1 to "
             f"{num_layers - 1}, or a share between 0 and 1"
         )
     return int(count)
@@ -106,14 +106,23 @@ def abstract_state(cfg: ModelConfig, spec: config.Search) -> SearchState:
 
 
 def make_search_step(
-    cfg: ModelConfig, spec: config.Search, *, seed: int, dtype: Any, remat: str, chunk: int
+    cfg: ModelConfig,
+    spec: config.Search,
+    *,
+    seed: int,
+    dtype: Any,
+    remat: str,
+    chunk: int,
+    above: int | None = None,
 ) -> Callable[[SearchState, Params, Batch], tuple[SearchState, dict[str, jax.Array]]]:
     """A jitted (state, params, batch) -> (state, metrics) of one search step.
 
+    above: from which K falls, all layers if None.
     Metrics are float32 scalars: loss (nats a token of the masked models), kept (layers), tau,
     grad_norm, tokens (processed by masked models), skipped (1: not finite, nothing moved).
     """
     keep = resolve_keep(spec.keep, cfg.num_layers)
+    above = max(above or cfg.num_layers, keep)
     protect, force = fixed_layers(spec, cfg.num_layers)
     optimizer = make_theta_optimizer(spec)
     objective = losses.Objective(chunk=chunk)
@@ -151,7 +160,7 @@ def make_search_step(
 
     def step(state: SearchState, params: Params, batch: Batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        k = gumbel.curriculum(state.step, spec.steps, spec.curriculum, cfg.num_layers, keep)
+        k = gumbel.curriculum(state.step, spec.steps, spec.curriculum, above, keep)
         tau = gumbel.temperature(state.step, spec.steps, spec.tau)
         count = batch.tokens.shape[0]
 

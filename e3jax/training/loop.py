@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -32,7 +33,7 @@ def fit(
     *,
     like: Any,
     steps: int,
-    folder: pathlib.Path,
+    folder: pathlib.Path | None,
     inputs: Mapping[str, Any],
     checkpoint_every: int,
     evaluate: Evaluate | None = None,
@@ -52,6 +53,7 @@ def fit(
     evaluate: (step, state) -> (state, values), before the first step, every `evaluate_every` steps
       and after the last.
     folder, inputs: where checkpoints and metrics go, and what decides the result (checkpoint.py).
+      None: there is no checkpoint, and no record stays.
     keep, best: checkpoints that stay: the latest `keep`, and the one of least value `best`, for
       which there is one after each evaluation too.
 
@@ -60,10 +62,20 @@ def fit(
     after the step that runs or in the midst of an evaluation, which is then done on restart.
     """
     with notice.held(), contextlib.ExitStack() as stack:
-        place = folder / "checkpoints"
-        checkpoints = stack.enter_context(open_checkpoints(place, inputs, keep, best))
+        checkpoints = None
+        if folder is None:
+            folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            place = folder / "checkpoints"
+            checkpoints = stack.enter_context(open_checkpoints(place, inputs, keep, best))
+
+        def save(step: int, state: Any, *, due: bool, figures: Any = None) -> None:
+            if checkpoints is not None:
+                checkpoints.save(step, _Kept.of(state, due=due), figures)
+
         with notice.released():
-            start, kept = checkpoints.restore(_Kept.like(like)) or (0, None)
+            found = checkpoints and checkpoints.restore(_Kept.like(like))
+            start, kept = found or (0, None)
             state, due = (make_state(), True) if kept is None else (kept.state, bool(kept.due))
         if start == steps and not due:
             return state
@@ -84,7 +96,7 @@ def fit(
                     measured, values = evaluate(done, state)
             except SystemExit:
                 if done > start:
-                    checkpoints.save(done, _Kept.of(state, due=True))
+                    save(done, state, due=True)
                 log.info("told to stop while step %d is measured; the same command goes on", done)
                 raise
             metrics.log(done, values)
@@ -103,7 +115,7 @@ def fit(
             judged = figures is not None and best is not None  # perhaps the best of all
             if late.stop or judged or done % checkpoint_every == 0 or done == steps:
                 late.settle()
-                checkpoints.save(done, _Kept.of(state, due=False), figures)
+                save(done, state, due=False, figures=figures)
             if late.stop:
                 log.info("told to stop: saving step %d; the same command goes on from here", done)
                 raise SystemExit(notice.CODE)
