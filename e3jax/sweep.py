@@ -16,8 +16,8 @@ import jax
 from e3jax import config, files, job, ledger, processes
 from e3jax.errors import UserError
 from e3jax.evaluate import intervals, pace, table
-from e3jax.evaluate.rows import Row
 from e3jax.evaluate.pace import Pace
+from e3jax.evaluate.rows import Row
 from e3jax.job import Job
 from e3jax.mask import Mask
 from e3jax.models.config import ModelConfig

@@ -10,8 +10,8 @@ import transformers
 
 from e3jax import cli, configure, files, sweep
 from e3jax.errors import UserError
-from e3jax.evaluate.rows import Row
 from e3jax.evaluate.pace import Pace
+from e3jax.evaluate.rows import Row
 from e3jax.hf.export import export_new
 from e3jax.models import decoder
 from e3jax.report import pictures
