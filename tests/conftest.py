@@ -10,6 +10,8 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# What XLA does to an operation after it is placed takes half of compilation.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Most of the tests' time is compilation: workers, and the processes that tests start, share it.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="e3jax-compiled-")
@@ -36,15 +38,6 @@ def one_device():
     """A mesh of a single device, set."""
     with jax.set_mesh(mesh.make_mesh(1, 1, 1, devices=jax.devices()[:1])) as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def compiled_fast():
-    """For modules whose time is compilation: what XLA does to an operation after it is placed takes
-    half of it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -28,8 +28,6 @@ EXACT = {"model": {"dtype": "float32", "remat": "none"}, "seed": 3}
 # What compiles fastest.
 SEARCH = {"steps": 2, "batch": 4, "init": "random", "estimator": "score", "score_windows": 4}
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 
 def test_importing_is_cheap_until_a_name_is_used():
     program = """

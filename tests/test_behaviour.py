@@ -11,8 +11,6 @@ from e3jax.models import decoder
 from test_evaluate import by_definition, log_probabilities, student_params, uneven_batches
 from training_tiny import CFG, dense_params, set_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 4, 2)])
 def test_every_token_is_that_of_the_definition(sizes):

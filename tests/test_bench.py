@@ -45,7 +45,7 @@ def command(place, *arguments):
     return cli.main(["bench", "--config", str(place / "run.yaml"), *arguments])
 
 
-def test_both_engines_do_the_same_work(tmp_path, one_device, compiled_fast):
+def test_both_engines_do_the_same_work(tmp_path, one_device):
     folder = save_tiny(tmp_path, "qwen3", num_hidden_layers=3)
     cfg = read_config(folder)
     prompts = steps.random_prompts(cfg.vocab_size, 3, 9, seed=1)

@@ -11,8 +11,6 @@ from e3jax.models import decoder
 from e3jax.training import loop
 from test_pipeline import CFG, SETTINGS
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

@@ -59,7 +59,7 @@ def test_error_shrinks_as_that_of_a_mean():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, compiled_fast):
+def place(tmp_path_factory):
     """A random model of four layers, and what `compare` makes of it."""
     place = tmp_path_factory.mktemp("compare")
     params = decoder.init_params(jax.random.key(0), CFG)

@@ -23,8 +23,6 @@ from training_tiny import (
     set_mesh,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 
 def log_probs(params, batch, cfg):
     h = decoder.hidden(params, batch, cfg, dtype=jnp.float32, remat="none")

@@ -14,8 +14,6 @@ from e3jax.evaluate.figures import make_figures
 from e3jax.models import decoder
 from training_tiny import CFG, KEEP, dense_params, random_batch, set_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 # ---------------------------------------------------------------- figures
 
 

@@ -15,8 +15,6 @@ from e3jax.models.generate import make_generator
 from e3jax.models.serve import generate
 from training_tiny import CFG
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 EOS = 2
 TINY = dataclasses.replace(CFG, vocab_size=96)
 

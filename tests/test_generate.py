@@ -19,8 +19,6 @@ from e3jax.models.serve import generate, left_pad
 from hf_tiny import save_tiny
 from training_tiny import set_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 NEW = 24
 LENGTHS = (5, 19, 12, 1, 26)
 CASES = {

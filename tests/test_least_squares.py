@@ -13,7 +13,6 @@ from e3jax.models import decoder
 from sharded_tiny import MODELS, placed
 from training_tiny import assert_bitwise, random_batch, set_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
 KEEP = (0, 1, 3)
 
 

@@ -18,8 +18,6 @@ from e3jax.hf.load import load_params
 from hf_tiny import save_tiny, torch_logits
 from training_tiny import set_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 KEEP = [0, 1, 2, 3, 5, 7, 8, 9, 11, 12, 14]  # some answers are right, some are wrong
 TASKS = {
     "choice": {

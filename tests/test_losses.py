@@ -15,8 +15,6 @@ from e3jax.distill.losses import Objective, Online, TopK
 from e3jax.errors import UserError
 from e3jax.models.head import Head
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 B, T, D, V = 4, 7, 8, 20
 MEAN = 1.7  # of the entropy, nats
 

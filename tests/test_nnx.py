@@ -15,7 +15,6 @@ from hf_tiny import assert_same_logits, random_tokens, save_tiny, torch_logits
 from test_families import CASES, SIZES
 from training_tiny import assert_bitwise
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
 FAST, SLOW = ["llama"], ["deepseek_v3", "gemma2", "gpt_oss", "qwen3_moe", "mixtral", "qwen3"]
 FAMILIES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 

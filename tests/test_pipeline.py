@@ -30,8 +30,6 @@ from e3jax.training import loop
 from e3jax.training.metrics import read_metrics
 from hf_tiny import edit_json
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 CFG = ModelConfig(
     family="qwen2", num_layers=4, width=32, mlp_width=48, num_heads=4, num_kv_heads=2, head_dim=8,
     vocab_size=96, max_position=256, norm_eps=1e-6, tied=True, windows=(None,) * 4, qkv_bias=True,

@@ -10,8 +10,6 @@ from e3jax.models import decoder
 from e3jax.search import prefix
 from training_tiny import CFG, dense_params, random_batch, set_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 L = CFG.num_layers
 
 

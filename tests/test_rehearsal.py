@@ -12,8 +12,6 @@ from e3jax.hf import families
 from e3jax.planning import budget
 from test_restart import write_configuration
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 TEST = 'data.test=[{path: demo/test.jsonl, rows: ["0:20"]}]'
 SMALL = (
     "search.steps=4",

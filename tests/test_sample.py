@@ -24,8 +24,6 @@ from hf_tiny import save_tiny, torch_logits
 from test_generate import random_prompts, theirs
 from training_tiny import set_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 VOCAB = 96
 PROMPT = (7, 3, 50, 7, 9)
 ASKED = [

@@ -16,8 +16,6 @@ from e3jax.models.attention import attend, causal_mask
 from e3jax.search import gumbel, prefix, search
 from training_tiny import CFG, dense_params, random_batch, set_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 L, ROWS = CFG.num_layers, 8
 FREE = np.zeros(L, bool)
 THETA = np.array([0.3, -0.2, 0.5, 0.0], np.float32)

@@ -42,12 +42,12 @@ def on_no_device(found):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, compiled_fast):
+def tiny(tmp_path_factory):
     return on_no_device(make_tiny(tmp_path_factory.mktemp("tiny"), "llama", num_hidden_layers=4))
 
 
 @pytest.fixture(scope="module")
-def six(tmp_path_factory, compiled_fast):
+def six(tmp_path_factory):
     return on_no_device(make_tiny(tmp_path_factory.mktemp("six"), "llama", num_hidden_layers=6))
 
 

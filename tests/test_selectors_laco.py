@@ -22,7 +22,6 @@ from sharded_tiny import MODELS, numbers
 from test_selectors_similarity import calibrate, documents
 from training_tiny import CFG, set_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
 LAYERS = 7
 
 

@@ -19,7 +19,6 @@ from hf_tiny import random_tokens
 from selectors_tiny import as_batch, make_tiny
 from training_tiny import set_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
 LAYERS = 6
 BLOCKS = [similarity.streamline, similarity.angular, similarity.angular_released]
 RULES = [similarity.shortgpt, similarity.shortgpt_released, similarity.minitron, *BLOCKS]

@@ -14,7 +14,6 @@ from sharded_tiny import MODELS, numbers, placed
 from test_selectors_similarity import calibrate, documents, in_forms
 from training_tiny import random_batch, set_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
 LAYERS = 8
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -18,8 +18,6 @@ from e3jax.training.optim import make_optimizer
 from sharded_tiny import MESHES, MODELS, close, everywhere, numbers, placed
 from training_tiny import CFG, abstract, assert_bitwise, random_batch, recipe, set_mesh
 
-pytestmark = pytest.mark.usefixtures("compiled_fast")
-
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):

@@ -81,7 +81,7 @@ def test_table_and_picture(tmp_path, exact):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, compiled_fast):
+def place(tmp_path_factory):
     """A random model of four layers, and its sweep over three and two."""
     place = tmp_path_factory.mktemp("sweep")
     params = decoder.init_params(jax.random.key(0), CFG)
