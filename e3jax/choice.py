@@ -49,7 +49,7 @@ def search_mask(job_: Job) -> Mask:
         "checkpoint_every",
         "microbatch",
         "start",
-        *(() if spec.swaps else ("swap_windows",)),
+        *(() if spec.refine else ("refine_windows",)),
     ):
         del decides[key]
     start = _start(spec, cfg)
@@ -180,7 +180,7 @@ def _answers(
     """What the search found, the best first, and the tokens of the exchanges around it. Without
     exchanges: every answer that was scored."""
     spec, theta = job_.run.search, np.asarray(state.best_theta)
-    if not spec.swaps:
+    if not spec.refine:
         lines = processes.from_first(lambda: read_metrics(job_.out / "search"))
         scored = [x for x in lines if "held_out_kl" in x]
         found = [
@@ -191,7 +191,7 @@ def _answers(
         for each in [best, *sorted(found, key=lambda x: x.kl)]:
             answers.setdefault(gumbel.answer(each.theta, **fixed).tobytes(), each)
         return list(answers.values()), 0.0
-    windows = min(spec.swap_windows, len(job_.held_out))
+    windows = min(spec.refine_windows, len(job_.held_out))
     rows = job.rows_per_batch(min(RACE, spec.together, windows))
     batches = list(job.ordered(job_.held_out, rows, windows))
     known: dict[bytes, list[tuple[float, float]]] = {}
@@ -210,7 +210,7 @@ def _answers(
         return sum(kl), sum(tokens)
 
     count = -(-windows // RACE)
-    budget = -(-spec.swaps * spec.score_windows // min(RACE, windows))
+    budget = -(-spec.refine * spec.score_windows // min(RACE, windows))
     seen = refine.drawn(
         np.asarray(state.drawn), np.asarray(state.log_loss), fixed["keep"], spec.masks_per_window
     )
@@ -233,7 +233,7 @@ def _trial_recipe(run: config.Run) -> dict[str, Any]:
     fields = dataclasses.asdict(run.distill)
     for key in (*recovery.NO_RESULT, "steps", "evaluate_every"):
         fields.pop(key, None)
-    return {"recipe": fields, "windows": run.search.swap_windows}
+    return {"recipe": fields, "windows": run.search.refine_windows}
 
 
 def _recovered_best(
@@ -246,9 +246,9 @@ def _recovered_best(
     recipe = dataclasses.replace(job_.run.distill, mask=None, steps=steps, evaluate_every=steps)
     folder, found = job_.out / "search" / "candidates", []
     here = job_.having(out=folder, run=dataclasses.replace(job_.run, distill=recipe))
-    held_out = job_.held_out.first(spec.swap_windows)
+    held_out = job_.held_out.first(spec.refine_windows)
     # Held-out windows before the first step and after the last, and what the fit before it takes.
-    scored = 2.0 * held_out.filled(spec.swap_windows) + job_.train.filled(recipe.fit)
+    scored = 2.0 * held_out.filled(spec.refine_windows) + job_.train.filled(recipe.fit)
     for answer in answers:
         keep = tuple(np.flatnonzero(gumbel.answer(answer.theta, **fixed)).tolist())
         mask = Mask(len(layers), keep, order=tuple(i for i in layers if i not in keep))

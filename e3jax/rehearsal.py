@@ -70,7 +70,7 @@ def shorten(run: config.Run, folder: pathlib.Path) -> config.Run:
             start=None,
             protect=(),
             force=(),
-            swaps=0,
+            refine=0,
             candidates=1,
             steps=2,
             score_every=2,

@@ -1,4 +1,4 @@
-"""Stage 1 from configuration to mask.json: exchanges and candidates, what they cost, restarts."""
+"""Stage 1 from configuration to mask.json: refinement and candidates, what they cost, restarts."""
 
 import jax
 import numpy as np
@@ -33,11 +33,11 @@ def searched(place, name, *overrides):
 
 
 @pytest.mark.slow
-def test_exchanges_do_not_depend_on_the_devices(place):
+def test_the_refinement_does_not_depend_on_the_devices(place):
     """Eight devices measure eight windows at a time; a race goes on four, and counts those."""
-    swaps = ("search.swaps=8", "search.swap_windows=20")
-    eight = searched(place, "eight", "mesh.data=8", *swaps)
-    two = searched(place, "two", "mesh.data=2", "mesh.model=4", *swaps)
+    refined = ("search.refine=8", "search.refine_windows=20")
+    eight = searched(place, "eight", "mesh.data=8", *refined)
+    two = searched(place, "two", "mesh.data=2", "mesh.model=4", *refined)
     for name in ("keep", "tokens", "teacher_tokens"):
         assert eight[name] == two[name], name
     assert eight["kl"] == pytest.approx(two["kl"], rel=1e-4)

@@ -105,13 +105,13 @@ def test_what_the_configuration_changes(small):
     run, cfg = small
     run = dataclasses.replace(
         run,
-        search=dataclasses.replace(run.search, init="zeros", swaps=2),
+        search=dataclasses.replace(run.search, init="zeros", refine=2),
         distill=dataclasses.replace(run.distill, teacher="cache"),
         export=dataclasses.replace(run.export, dtype="float32"),
     )
     found = budget.make_budget(run, cfg, "bfloat16")
     assert found.importance_tokens == 0
-    assert found.scoring_tokens == ((4 + 2) * 7 + run.search.swap_windows) * 100
+    assert found.scoring_tokens == ((4 + 2) * 7 + run.search.refine_windows) * 100
     assert found.candidate_tokens == 0
     assert found.teacher_cache_bytes == 1200 * (4 * (4 + 2) + 8)
     assert found.export_bytes == 4 * found.params_after
@@ -122,7 +122,7 @@ def test_candidates_are_recovered_for_a_while(small):
     spec = dataclasses.replace(run.search, candidates=3, candidate_steps=5)
     found = budget.make_budget(dataclasses.replace(run, search=spec), cfg, "bfloat16")
     before = budget.make_budget(run, cfg, "bfloat16")
-    tokens = 3 * (5 * 2 + 2 * run.search.swap_windows) * 100
+    tokens = 3 * (5 * 2 + 2 * run.search.refine_windows) * 100
     assert found.candidate_tokens == tokens == found.tokens - before.tokens
 
 

@@ -61,7 +61,7 @@ def place(tmp_path_factory):
         },
         "search": {
             "keep": 3, "steps": STEPS, "batch": 8, "init_windows": 8,
-            "score_windows": 8, "score_every": 4, "checkpoint_every": 3, "swaps": 2,
+            "score_windows": 8, "score_every": 4, "checkpoint_every": 3, "refine": 2,
         },
         "distill": {
             "steps": STEPS, "batch": 8, "microbatch": 4, "evaluate_every": 5, "checkpoint_every": 3,

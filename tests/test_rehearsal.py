@@ -128,7 +128,7 @@ def test_runs_of_real_models_are_long(name):
 
 def test_only_the_lengths_are_other():
     """Batches, windows and micro-batches, which decide the memory, stay."""
-    run = configure.load_run("qwen3-32b-math", ["search.protect=[0]", "search.swaps=9"])
+    run = configure.load_run("qwen3-32b-math", ["search.protect=[0]", "search.refine=9"])
     short = rehearsal.shorten(run, "x")
     kept = {"batch", "microbatch", "top_k", "chunk", "teacher", "estimator", "masks", "loss"}
     for part in ("search", "distill"):

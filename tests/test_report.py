@@ -26,7 +26,7 @@ RIGHT = {"dense": "1110", "e3 raw": "0010", "e3 recovered": "1011"}  # of four p
 def make_run(out, *, evil="", kl=1.0):
     """A run folder of a model of four layers, written as the stages do."""
     write = lambda name, value: files.write_json(out / name, value)
-    settings = {"model": {"path": f"org/model{evil}"}, "search": {"swaps": 0}}
+    settings = {"model": {"path": f"org/model{evil}"}, "search": {"refine": 0}}
     write("run.json", settings | {"distill": {"mask": None}, "evaluate": {"baselines": []}})
     mask = {"num_layers": 4, "keep": [0, 2], "tokens": 1000, "teacher_tokens": 500}
     write("search/mask.json", mask | {"checkpoint": "c0ffee"})

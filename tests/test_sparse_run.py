@@ -13,8 +13,8 @@ from test_families import CASES
 
 pytestmark = pytest.mark.slow
 SMALL = """
-search.keep=4 search.steps=6 search.swaps=4 search.init_windows=4 search.score_windows=4
-search.swap_windows=8 distill.steps=6 distill.evaluate_every=3 distill.checkpoint_every=3
+search.keep=4 search.steps=6 search.refine=4 search.init_windows=4 search.score_windows=4
+search.refine_windows=8 distill.steps=6 distill.evaluate_every=3 distill.checkpoint_every=3
 evaluate.rows=20 evaluate.batch=10 evaluate.max_new_tokens=16
 """
 

@@ -71,13 +71,13 @@ class Search:
         default=20, ge=1, description="steps between held-out scores of the current answer"
     )
     score_windows: int = Field(default=16, ge=1, description="held-out windows a score")
-    swaps: int = Field(
+    refine: int = Field(
         default=0,
         ge=0,
-        description="exchanges of two layers at the end: so many times score_windows are spent",
+        description="answers proposed and raced at the end: so many times score_windows are spent",
     )
-    swap_windows: int = Field(
-        default=64, ge=1, description="held-out windows that decide an exchange, at most"
+    refine_windows: int = Field(
+        default=64, ge=1, description="held-out windows that decide a race, at most"
     )
     candidates: int = Field(
         default=1,

@@ -52,12 +52,12 @@ def make_budget(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Budget:
     init_passes = {"kl": cfg.num_layers, "shortgpt": 1}.get(search.init, 0) * (search.start is None)
     after = count_params(cfg.take_layers(range(keep)))
     scores = math.ceil(search.steps / search.score_every) + 1
-    scored = (scores + search.swaps) * search.score_windows
-    scored += bool(search.swaps) * max(1, search.candidates) * search.swap_windows
+    scored = (scores + search.refine) * search.score_windows
+    scored += bool(search.refine) * max(1, search.candidates) * search.refine_windows
     tried = 0
     if search.candidates > 1:  # each is scored before its first step and after its last
         steps = search.candidate_steps * distill.batch
-        tried = search.candidates * (steps + 2 * search.swap_windows)
+        tried = search.candidates * (steps + 2 * search.refine_windows)
     stepped = distill.steps * distill.batch * window
     dtype = source_dtype if run.export.dtype == "source" else run.export.dtype
     return Budget(
