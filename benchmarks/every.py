@@ -110,7 +110,7 @@ def score_all(
     free = list(range(1, size))
     waiting: list[list[tuple[int, int, int]]] = [[] for _ in range(cfg.num_layers + 1)]
     waiting[0].append((0, 0, 0))
-    codes, scored = [], []
+    codes, scored, begun = [], [], time.monotonic()
     while any(waiting):
         full = [depth for depth, nodes in enumerate(waiting) if len(nodes) >= chunk]
         depth = max(full) if full else next(d for d, nodes in enumerate(waiting) if nodes)
@@ -120,6 +120,8 @@ def score_all(
             scored.append((len(nodes), score(pool, params, many, h_dense, whole(places, size))))
             codes += [removed for removed, _, _ in nodes]
             free += places
+            if len(scored) % 500 == 0:
+                print(f"{len(codes):,} sets in {time.monotonic() - begun:.0f} s", flush=True)
             continue
         sources, targets, children = [], [], waiting[depth + 1]
         for removed, count, place in nodes:
