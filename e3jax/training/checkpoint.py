@@ -285,7 +285,9 @@ def checksum(state: Any) -> jax.Array:
     """
     total = jnp.uint32(0)
     for x in jax.tree.leaves(state):
-        words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+        bits = x.dtype == bool
+        words = x.astype(unsigned) if bits else jax.lax.bitcast_convert_type(x, unsigned)
         total = 31 * total + jnp.sum(words, dtype=jnp.uint32)  # modulo 2**32: in any order
     return total
 
