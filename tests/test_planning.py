@@ -334,7 +334,7 @@ def test_configurations_type_check_on_256_devices(path, request):
 
 
 def test_documented_commands_share_their_batches():
-    """The runs of docs/gpu.md and docs/tpu.md, in their order, on the devices each of them is for."""
+    """The runs of docs/gpu.md and docs/tpu.md, in their order, on the devices each is for."""
     pages = [(ROOT / "docs" / name).read_text() for name in ("gpu.md", "tpu.md")]
     text = "\n".join(pages).replace("\\\n", " ")
     commands = re.findall(r"run\.py run ([^\n'>…]*)[\n'>]", text)
