@@ -60,7 +60,7 @@ def test_every_command_line_is_understood():
     assert len(found) > 20
     for line in found:
         understood(line)
-    for wrong in ("run.py run --config demo distil.steps=1", "run.py run --config demo --dry"):
+    for wrong in ("run.py run --config demo distil.steps=1", "run.py run --config demo --drie"):
         with pytest.raises((e3jax.UserError, SystemExit)):
             understood(wrong)
 
