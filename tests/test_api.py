@@ -1,12 +1,10 @@
 """e3jax from Python: what importing costs, the stages on arrays, and what is refused."""
 
-import ast
 import dataclasses
 import functools
 import inspect
 import logging
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -22,8 +20,6 @@ from e3jax.models import decoder
 from training_tiny import CFG, assert_bitwise, dense_params
 
 ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 EXACT = {"model": {"dtype": "float32", "remat": "none"}, "seed": 3}
 # What compiles fastest.
 SEARCH = {"steps": 2, "batch": 4, "init": "random", "estimator": "score", "score_windows": 4}
@@ -216,28 +212,3 @@ def test_windows_of_arrays_are_those_that_were_stored(tmp_path):
     assert plain.fingerprint != stored.fingerprint and plain.loss.all()
     with pytest.raises(e3jax.UserError, match="segments: shape"):
         e3jax.windows(stored.tokens, stored.segments[:1])
-
-
-# ---------------------------------------------------------------- the README
-
-
-def test_the_readme_calls_what_there_is():
-    calls = [node for code in PYTHON for node in ast.walk(ast.parse(code))]
-    named = {ast.unparse(n.func): n for n in calls if isinstance(n, ast.Call)}
-    ours = {name: call for name, call in named.items() if name.startswith("e3jax.")}
-    assert {"e3jax.prune", "e3jax.load", "e3jax.search_mask", "e3jax.recover"} <= ours.keys()
-    for name, call in ours.items():
-        function = getattr(e3jax, name.removeprefix("e3jax."))
-        keywords = {k.arg or "settings": k.value for k in call.keywords}
-        inspect.signature(function).bind(*call.args, **keywords)
-
-
-@pytest.mark.slow
-def test_the_readme_runs(tmp_path, monkeypatch):
-    """All but the first block's run of a model that is not here."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))  # whose cache has the tokens
-    space: dict = {}
-    for code in PYTHON[1:]:
-        exec(code, space)
-    assert (tmp_path / "cut" / "model.safetensors").is_file()

@@ -265,7 +265,7 @@ def test_another_configuration_is_refused(place, no_work, capsys):
     assert "dtype_out: 'source' -> 'bfloat16'" in capsys.readouterr().err
 
 
-@pytest.mark.slow  # aborted once on jax 0.10, eight CPU devices: to be looked at
+@pytest.mark.slow
 def test_fitted_and_nothing_trained(place, copy):
     """Least squares alone is a recovery: nearer on windows that it has not seen."""
     shutil.rmtree(copy / "distill")

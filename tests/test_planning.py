@@ -334,9 +334,10 @@ def test_configurations_type_check_on_256_devices(path, request):
 
 
 def test_documented_commands_share_their_batches():
-    """The runs of docs/scaling.md, in their order, on the devices that each of them is for."""
-    text = (ROOT / "docs" / "scaling.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"run\.py run ([^\n'>]*)", text)
+    """The runs of docs/gpu.md and docs/tpu.md, in their order, on the devices each is for."""
+    pages = [(ROOT / "docs" / name).read_text() for name in ("gpu.md", "tpu.md")]
+    text = "\n".join(pages).replace("\\\n", " ")
+    commands = re.findall(r"run\.py run ([^\n'>…]*)[\n'>]", text)
     for command, count in zip(commands, (8, 32, 32, 64), strict=True):
         words = command.split()
         overrides = [word for word in words if "=" in word]
