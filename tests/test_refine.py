@@ -76,6 +76,13 @@ def test_no_more_than_the_budget_and_the_result(budget):
     assert len(found) == 1 and len(asked) <= budget + 10
 
 
+def test_a_small_budget_proposes_too():
+    """Half of four batches, less than a round: the search's own answer, for nothing else is known,
+    and another."""
+    found, asked = refined(landscape(0)[0], budget=4, answers=9)
+    assert len(found) == len({name for name, _ in asked}) == 2
+
+
 def test_what_the_search_saw_is_where_it_begins():
     """With the masks of a search of this landscape the first proposal is the best answer; without
     them it is not."""

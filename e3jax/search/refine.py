@@ -100,10 +100,10 @@ def refine(
     scales, number = surrogate.fit_scales(seen), 0
     while True:
         found = first(lambda: _proposals(theta_l, known(), scales, rng, fixed))
-        new = sum(not has(kept, number) for kept in found)
-        if not new or spent + new > SHARE * budget:
+        new = [kept for kept in found if not has(kept, number)][: int(SHARE * budget) - spent]
+        if not new:
             break
-        for kept in found:
+        for kept in new:
             measured(kept, number)
         number = (number + 1) % batches
     pool = np.array([np.frombuffer(name, bool) for name in parts])
