@@ -8,9 +8,10 @@
 
 `**settings` are keys of the configuration (`python run.py run --help` lists them) with Python
 values: `seed=1, search={"steps": 60}`, or `**{"search.steps": 60}`. Arrays lie where jax puts them;
-under a mesh that is set (`with jax.set_mesh(e3jax.mesh.make_mesh(1, -1, 1))`, for all devices) a
-model is loaded in parts and everything runs on them all. The stages here leave nothing in a folder
-and know of no restart, `prune` does. What the user can put right is an e3jax.UserError.
+under a mesh that is set (`from e3jax.mesh import make_mesh`; `with jax.set_mesh(make_mesh())`, for
+all devices) a model is loaded in parts and everything runs on them all. The stages here leave
+nothing in a folder and know of no restart, `prune` does. What the user can put right is an
+e3jax.UserError.
 """
 
 import contextlib
@@ -236,9 +237,10 @@ def export(
                 "`take_layers(params, cfg, keep)`, or what `recover` gave for them"
             )
         probes = _windows(windows, opened.cfg)
-        opened.__dict__.update(train=probes, held_out=probes)
         facts = opened.inputs(keep=found.keep, recovered=recovered, by="e3jax.export")
-        outputs.write(opened, found, params, folder, inputs=facts, recovered=recovered)
+        outputs.write(
+            opened.on(probes, probes), found, params, folder, inputs=facts, recovered=recovered
+        )
     return folder
 
 

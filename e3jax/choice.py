@@ -177,8 +177,8 @@ def _start(spec: config.Search, cfg: ModelConfig) -> Mask | None:
 def _answers(
     job_: Job, state: search.SearchState, figures: Callable, fixed: dict[str, Any]
 ) -> tuple[list[Measured], float]:
-    """What the search found, the best first, and the tokens of the exchanges around it. Without
-    exchanges: every answer that was scored."""
+    """What the search found, the best first, and the tokens of its refinement. Without one: every
+    answer that was scored."""
     spec, theta = job_.run.search, np.asarray(state.best_theta)
     if not spec.refine:
         lines = processes.from_first(lambda: read_metrics(job_.out / "search"))

@@ -72,6 +72,12 @@ class Job:
         other.__dict__.update({k: v for k, v in self.__dict__.items() if k not in FIELDS})
         return other
 
+    def on(self, train: Windows, held_out: Windows) -> "Job":
+        """The same job with these windows in place of those of its configuration."""
+        other = self.having()
+        other.__dict__.update(train=train, held_out=held_out)
+        return other
+
     def inputs(self, **more: Any) -> dict[str, Any]:
         """What decides a stage's result: the model, the seed, the arithmetic, and `more`."""
         common = {"model": self.identity, "seed": self.run.seed, "dtype": self.run.model.dtype}
@@ -150,7 +156,7 @@ def in_memory(
     Nothing is known of a checkpoint or a tokenizer, so that stages which write none are for it.
     """
     check_window(run, cfg)
-    made = Job(
+    return Job(
         run=run,
         out=pathlib.Path(run.out),
         source=pathlib.Path(run.model.path),
@@ -158,9 +164,7 @@ def in_memory(
         cfg=cfg,
         load=lambda: params,
         tokenizer=None,
-    )
-    made.__dict__.update(train=train, held_out=held_out)
-    return made
+    ).on(train, held_out)
 
 
 def tell_replicated(cfg: ModelConfig, dtype: str) -> None:

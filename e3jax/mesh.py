@@ -357,6 +357,11 @@ def shard_batch(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
+def share_batch(tree: Any) -> Any:
+    """The same of arrays [B, ...] that every process has whole."""
+    return shard_batch(jax.tree.map(lambda x: x[rows_here(len(x))], tree))
+
+
 def row_owners(batch: int) -> np.ndarray:
     """The process that has each row of a global batch, the lowest where several do: int64 [B]."""
     place = sharding(("batch",))

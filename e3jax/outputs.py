@@ -288,7 +288,6 @@ def _check_transformers(
     positions = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)
     ones = np.ones_like(tokens)
     batch = decoder.Batch(tokens, positions, ones, tokens, ones.astype(bool))
-    here = jax.tree.map(lambda x: x[mesh.rows_here(rows)], batch)
 
     @jax.jit
     def answered(params: Params, batch: decoder.Batch) -> jax.Array:
@@ -298,7 +297,7 @@ def _check_transformers(
         place = mesh.out((None, None, "vocab"), (len(prompts), *found.shape[1:]))
         return jnp.einsum("nb,btv->ntv", chosen, found, precision="highest", out_sharding=place)
 
-    ours = processes.whole(answered(params, mesh.shard_batch(here)))
+    ours = processes.whole(answered(params, mesh.share_batch(batch)))
     tokens = tokens[: len(prompts)]
     count = min(64, cfg.max_position - width)
     generator = make_generator(cfg, dtype=jnp.float32, eos=eos)

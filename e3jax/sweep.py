@@ -35,7 +35,6 @@ class Point:
 
     row: Row
     kl_error: float | None  # standard error over windows, nats a token
-    exact: tuple[float, float] | None  # 95 % interval of the share
     speed: Pace
 
 
@@ -90,10 +89,7 @@ def sweep(job_: Job, work: Work) -> list[Point]:
 
 
 def _point(job_: Job, row: Row, found: Pace) -> Point:
-    exact = None
-    if row.exact_match is not None:
-        exact = intervals.wilson(round(row.exact_match * row.problems), row.problems)
-    return Point(row, intervals.mean(table.windows(job_, row))[1], exact, found)
+    return Point(row, intervals.mean(table.windows(job_, row))[1], found)
 
 
 def _speed(job_: Job, cfg: ModelConfig, params: Callable[[], Params]) -> Pace:
@@ -117,9 +113,7 @@ def shown(points: Sequence[Point]) -> str:
     for point in points:
         row = point.row.shown()
         line = {key: row[key] for key in ("model", "layers", "parameters")}
-        line["exact match"] = row["exact match"]
-        if point.exact is not None:
-            line["exact match"] += " ({:.1f} to {:.1f})".format(*(100 * x for x in point.exact))
+        line[point.row.solved] = point.row.share(ends=True)
         line["KL"] = row["KL"]
         if point.kl_error is not None:
             line["KL"] += f" \N{PLUS-MINUS SIGN} {intervals.Z_95 * point.kl_error:.4f}"

@@ -14,6 +14,7 @@ from e3jax.bench import bench, steps, work
 from e3jax.bench.timing import run_arm
 from e3jax.evaluate import speed
 from e3jax.evaluate.speed import Arm, Speed
+from e3jax.hf import aside
 from e3jax.hf.families import read_config
 from e3jax.hf.load import load_params
 from e3jax.models.params import active_params, count_params
@@ -94,10 +95,9 @@ def test_seconds_become_rates():
     made = bench._arm(task, "dense", {"seconds": found, "memory": 5})
     rates = {phase: rate for phase, (rate, _) in made.rates.items()}
     assert rates == {"prefill": 400.0, "decode": 16.0, "end to end": 11.0}
-    noisy = bench._arm(
-        task, "dense", {"seconds": found | {"decode": [-1.0, 2.0, 2.0]}, "memory": 5}
-    )
-    assert noisy.rates.keys() == {"prefill", "end to end"}
+    for noise in ([-1.0, 2.0, 2.0], [0.0, 0.0, 0.0]):
+        noisy = bench._arm(task, "dense", {"seconds": found | {"decode": noise}, "memory": 5})
+        assert noisy.rates.keys() == {"prefill", "end to end"}
 
 
 def test_ideal_work():
@@ -201,6 +201,10 @@ def test_without_a_run_nothing_is_made(tmp_path, place, capsys):
     assert command(place, "bench.prompt=61") == 2
     assert "context is 64 tokens" in capsys.readouterr().err
     edit_json(place / "model" / "config.json", lambda config: config.update(bos_token_id=7))
+    assert command(place) == 2
+    assert "was made of another checkpoint" in capsys.readouterr().err
+    # The export of `train` from scratch is of no checkpoint.
+    edit_json(place / "out" / "export" / aside.RECORD, lambda record: record.pop("model"))
     assert command(place) == 2
     assert "was made of another checkpoint" in capsys.readouterr().err
     assert not (place / "out" / "bench").exists()

@@ -212,7 +212,6 @@ def test_problems(tmp_path, tokenizer_folder, chat_folder):
         problems(Source(path=path, format="completion"), load_tokenizer(tokenizer_folder), 3)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the chain-math checkpoint and data")
 def test_an_instruction_ends_the_prompt(tmp_path, tokenizer_folder, chat_folder, data):
     """In plain prompts and the user's turn, of problems as of what is trained on."""
     row = {"prompt": "w1 w2", "completion": "w3", "answer": "5"}
@@ -230,8 +229,12 @@ def test_an_instruction_ends_the_prompt(tmp_path, tokenizer_folder, chat_folder,
     path = write(tmp_path / "turns.jsonl", [{"messages": turns, "answer": "5"}])
     with pytest.raises(UserError, match="instruction"):
         problems(Source(path=path, instruction=" w9"), chat, 99)
+    path = write(tmp_path / "plain.jsonl", [{"text": "w1"}])
+    with pytest.raises(UserError, match="plain text has none"):
+        tokenize([Source(path=path, instruction=" w9")], data(), tokenizer_folder)
 
 
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the chain-math checkpoint and data")
 def test_problem_prompts_begin_the_training_documents(data):
     folder, path = SHARED / "models/chain-math-24l", str(SHARED / "data/chain-math/test.jsonl")
     source = Source(path=path, rows=("0:50",))

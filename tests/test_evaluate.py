@@ -137,3 +137,20 @@ def test_table_on_disk(tmp_path):
     kept = files.read_json(tmp_path / "results.json")
     assert [table.Row(**fields) for fields in kept] == rows
     assert (tmp_path / "results.txt").read_text() == table.render(rows) + "\n"
+
+
+def test_a_borrowed_row_takes_the_place_of_an_older_one(tmp_path):
+    """All of it: answers of other settings beside a new row would be counted as its own."""
+    kinds = "json", "answers.jsonl", "windows.json"
+    lender, out = (tmp_path / name / "evaluate" for name in ("lender", "out"))
+    for folder, said in ((lender, "new"), (out, "old")):
+        for kind in kinds:
+            files.write_text(table.beside(folder, "dense", kind), said)
+    table.beside(out, "dense", "json").unlink()  # killed while it was measured
+    table.beside(out, "dense", "tasks.json").write_text("old")
+    table.borrow(out.parent, lender.parent, row("dense"))
+    assert {path.read_text() for path in out.iterdir()} == {"new"}
+    assert len(list(out.iterdir())) == len(kinds)
+    table.beside(out, "dense", "windows.json").write_text("kept")
+    table.borrow(out.parent, lender.parent, row("dense"))  # it has that row
+    assert table.beside(out, "dense", "windows.json").read_text() == "kept"

@@ -45,18 +45,12 @@ def grade(pairs, spec=VALUE):
 
 def test_thousands_are_written_with_a_comma_or_without():
     """14 of GSM8K's 1,319 answers have one; what is no thousand keeps its comma."""
-    pattern = grading.answer_pattern(r"(?:####|is) (\S+)")
+    pattern = re.compile(r"(?:####|is) (\S+)")
     gold = grading.last_match(pattern, "so 1,450 * 1,000\n#### 1,450,000")
     assert gold == grading.last_match(pattern, "Then it is 7, no, it is 1450000.") == "1450000"
     assert [grading.plain(x) for x in (" 1,2 ", "12,34", "1,2345", "0.5.")] == [
         "1,2", "12,34", "1,2345", "0.5",
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize("pattern", ["(", "no group", "(two) (groups)"])
-def test_no_answer_pattern(pattern):
-    with pytest.raises(UserError, match=r"evaluate\.answer"):
-        grading.answer_pattern(pattern)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ FIXED = {"keep": KEEP, "protect_l": PROTECT, "force_l": FORCE}
 ALL = [
     np.isin(np.arange(L), (0, *inside)) for inside in itertools.combinations(range(1, 8), KEEP - 1)
 ]
-NOBODY = refine.scored(np.zeros((0, L), bool), np.zeros(0), 1)
+NOBODY = surrogate.Scored(np.zeros((0, L), bool), np.zeros(0), np.zeros(0, int), np.zeros(0))
 
 
 def landscape(seed, pair=0.3):
@@ -76,6 +76,13 @@ def test_no_more_than_the_budget_and_the_result(budget):
     assert len(found) == 1 and len(asked) <= budget + 10
 
 
+def test_a_small_budget_proposes_too():
+    """Half of four batches, less than a round: the search's own answer, for nothing else is known,
+    and another."""
+    found, asked = refined(landscape(0)[0], budget=4, answers=9)
+    assert len(found) == len({name for name, _ in asked}) == 2
+
+
 def test_what_the_search_saw_is_where_it_begins():
     """With the masks of a search of this landscape the first proposal is the best answer; without
     them it is not."""
@@ -93,6 +100,44 @@ def test_what_the_search_saw_is_where_it_begins():
             right += asked[0][0] == best
         first.append(right)
     assert first[0] >= 8 and first[1] <= 4
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_what_was_measured_is_known_once(monkeypatch, batches):
+    """However often it is proposed; and a batch that comes again has the same windows."""
+    known, posterior = [], surrogate.posterior
+
+    def told(scored, *more):
+        known.append(scored)
+        return posterior(scored, *more)
+
+    monkeypatch.setattr(surrogate, "posterior", told)
+    _, asked = refined(landscape(0)[0], batches=batches)
+    assert len(known) > batches + 2  # batches came again
+    last = list(zip(map(bytes, ~known[-1].removed), known[-1].group, strict=True))
+    assert len(last) == len(set(last)) and set(last) == set(asked[: len(last)])
+
+
+def test_another_process_follows_the_first(monkeypatch):
+    """It measures the same in the same order, and asks no surrogate of its own, which may round to
+    another answer."""
+    said, from_first = [], refine.processes.from_first
+
+    def tell(make):
+        said.append(from_first(make))
+        return said[-1]
+
+    monkeypatch.setattr(refine.processes, "from_first", tell)
+    found, asked = refined(landscape(1)[0])
+    monkeypatch.setattr(refine.processes, "from_first", lambda make: said.pop(0))
+    monkeypatch.setattr(surrogate, "posterior", None)
+    again, asked_again = refined(landscape(1)[0])
+    assert asked_again == asked and kept(again[0]) == kept(found[0]) and not said
+
+
+def test_overflows_count_as_e_times_the_worst():
+    found = refine.scored(np.zeros((3, L), bool), np.array([-4.0, np.inf, -3.0]), np.arange(3), 2)
+    assert found.log_kl.tolist() == [-4.0, -2.0, -3.0] and found.windows.tolist() == [2.0] * 3
 
 
 def test_masks_of_the_search():

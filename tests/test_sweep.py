@@ -53,20 +53,28 @@ def test_bad_lists_are_refused():
             run_of(f"sweep.keep={bad}")
 
 
-def point(model, layers, kl, exact, decode):
-    ends = None if exact is None else (exact - 0.1, min(exact + 0.1, 1.0))
-    row = Row(model, layers, 1000 * layers, 1.1, kl, 0.9, exact, 10 if exact else 0, 5)
-    return sweep.Point(row, 0.01, ends, Pace(2 * decode, decode))
+def point(model, layers, kl, exact, decode, samples):
+    ends = None if exact is None else [exact - 0.1, exact + 0.1]
+    row = Row(
+        model, layers, 1000 * layers, 1.1, kl, 0.9, exact, 10 if exact else 0, 5,
+        samples=samples, interval=ends,
+    )  # fmt: skip
+    return sweep.Point(row, 0.01, Pace(2 * decode, decode))
 
 
-@pytest.mark.parametrize("exact", [0.8, None])
-def test_table_and_picture(tmp_path, exact):
+@pytest.mark.parametrize(
+    ("exact", "samples", "name"),
+    [(0.8, 0, "exact match"), (0.8, 4, "pass@1"), (None, 0, "exact match")],
+)
+def test_table_and_picture(tmp_path, exact, samples, name):
+    """Also of sampled answers, whose interval is not of one answer a problem."""
     points = [
-        point("dense", 4, 0.0, exact, 100.0),
-        point("e3 recovered", 3, 0.1, exact, 150.0),
-        point("shortgpt recovered", 3, 0.2, exact, 150.0),
+        point("dense", 4, 0.0, exact, 100.0, samples),
+        point("e3 recovered", 3, 0.1, exact, 150.0, samples),
+        point("shortgpt recovered", 3, 0.2, exact, 150.0, samples),
     ]
-    _, _, dense, ours, _ = sweep.shown(points).splitlines()
+    head, _, dense, ours, _ = sweep.shown(points).splitlines()
+    assert name in head
     assert dense.endswith("1.00x") and ours.endswith("1.50x")
     assert "0.1000 ± 0.0196" in ours and ("80.0 % (70.0 to 90.0)" in ours) == (exact is not None)
     pictures.draw_sweep(tmp_path, points)
@@ -74,6 +82,7 @@ def test_table_and_picture(tmp_path, exact):
     lines = list(csv.DictReader((tmp_path / "plots" / "sweep.csv").open()))
     assert [line["model"] for line in lines] == [p.row.model for p in points]
     assert [float(line["decode tokens/s"]) for line in lines] == [100.0, 150.0, 150.0]
+    assert lines[1][name] == ("0.8" if exact else "")
     assert lines[1]["from"] == ("0.7000000000000001" if exact else "")
 
 

@@ -75,7 +75,7 @@ def find(run: config.Run) -> Pair:
             "configuration first"
         )
     dense = hub.resolve(run.model.path, run.model.revision)
-    if files.read_json(pruned / aside.RECORD)["model"] != files.checkpoint_hash(dense):
+    if files.read_json(pruned / aside.RECORD).get("model") != files.checkpoint_hash(dense):
         raise UserError(f"{pruned}: was made of another checkpoint than model.path={dense}")
     configs = families.read_config(dense), families.read_config(pruned)
     if spec.prompt + spec.new_tokens > configs[0].max_position:
@@ -166,8 +166,8 @@ def _arm(task: arm.Task, model: str, found: dict[str, Any]) -> Arm:
     tokens = {"prefill": task.prompt, "decode": task.new_tokens - 1, "end to end": task.new_tokens}
     rates = {}
     for phase, seconds in found["seconds"].items():
-        median, spread = middle(seconds)
         if min(seconds) > 0:  # decoding is a difference: of few tokens it may drown in noise
+            median, spread = middle(seconds)
             rates[phase] = (task.batch * tokens[phase] / median, spread)
     return Arm(task.engine, model, task.batch, rates, found["memory"])
 

@@ -76,6 +76,8 @@ def training_format(source: Source, row: dict[str, Any], loss_on: str) -> str:
             f"{source.path}: data.loss_on is completion, but plain text has none; use "
             "loss_on: all, or a source with prompt and completion or messages"
         )
+    if form == "text" and source.instruction:
+        raise UserError(f"{source.path}: `instruction` goes with a prompt; plain text has none")
     return form
 
 

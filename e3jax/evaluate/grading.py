@@ -38,7 +38,7 @@ Grader = Callable[[str, str], Grade]  # (text, gold)
 def open_grader(spec: config.Evaluate) -> Iterator[Grader]:
     """The function that grades by `evaluate.grader`: (text, gold) -> Grade. Gold may be a whole
     solution. What cannot be graded is wrong. Raises UserError where math-verify is missing."""
-    pattern = answer_pattern(spec.answer)
+    pattern = re.compile(spec.answer)
 
     def by_text(text: str, gold: str) -> Grade:
         expected, found = last_match(pattern, gold) or plain(gold), last_match(pattern, text)
@@ -79,21 +79,8 @@ def _version() -> str:
 # ---------------------------------------------------------------- what a text says
 
 
-def answer_pattern(pattern: str) -> re.Pattern[str]:
-    """Compiles `evaluate.answer`. Raises UserError unless it is a pattern with one group."""
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise UserError(
-            f"evaluate.answer={pattern!r}: not a regular expression: {error}"
-        ) from error
-    if compiled.groups != 1:
-        raise UserError(f"evaluate.answer={pattern!r}: expected exactly one group, the answer")
-    return compiled
-
-
 def last_match(pattern: re.Pattern[str], text: str) -> str | None:
-    """The answer in a text: the group's last match, `plain`."""
+    """The answer in a text: the last match of the pattern's one group, `plain`."""
     found = pattern.findall(text)
     return plain(found[-1]) if found else None
 

@@ -39,8 +39,7 @@ def make_likelihood(
         parts = [order[i : i + batch] for i in range(0, len(order), batch)]
         for part in over("batches scored", notice.interruptible(parts)):
             filled = [rows[i] for i in [*part, *part[:1] * (batch - len(part))]]
-            here = jax.tree.map(lambda x: x[mesh.rows_here(batch)], _batch(filled))
-            of = sums(params, mesh.shard_batch(here))
+            of = sums(params, mesh.share_batch(_batch(filled)))
             nll, agree, count = map(processes.whole, (of.nll, of.agree, of.tokens))
             for row, i in enumerate(part):
                 found[i] = -float(nll[row]), bool(agree[row] == count[row])

@@ -34,13 +34,8 @@ def measure(params: Params, cfg: ModelConfig, *, dtype: Any) -> Pace:
     weights = generator.prepare(params)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (rows, prompt), np.int32)
     numbers = np.arange(rows, dtype=np.int32)
-    arrival, alive = _on_rows(
-        (
-            Arrival(tokens, np.ones_like(tokens), numbers, np.full_like(numbers, new), None),
-            np.ones(rows, bool),
-        ),
-        rows,
-    )
+    arrival = Arrival(tokens, np.ones_like(tokens), numbers, np.full_like(numbers, new), None)
+    arrival, alive = mesh.share_batch((arrival, np.ones(rows, bool)))
     seconds = []
     for _ in range(1 + TIMES):
         slots = generator.empty(weights, rows=rows, columns=prompt + new, sampled=False)
@@ -58,7 +53,3 @@ def _now(arrays: Any) -> float:
     """The time when these are there."""
     jax.block_until_ready(arrays)
     return time.perf_counter()
-
-
-def _on_rows(tree: Any, rows: int) -> Any:
-    return mesh.shard_batch(jax.tree.map(lambda x: x[mesh.rows_here(rows)], tree))

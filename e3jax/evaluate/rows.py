@@ -28,17 +28,22 @@ class Row:
         """What exact_match is called."""
         return "pass@1" if self.samples else "exact match"
 
+    def share(self, *, ends: bool) -> str:
+        """exact_match in percent, with its interval where `ends` are asked for, as text."""
+        if self.exact_match is None:
+            return "-"
+        text = f"{100 * self.exact_match:.1f} %"
+        if ends and self.interval:
+            text += " ({:.1f} to {:.1f})".format(*(100 * x for x in self.interval))
+        return text
+
     def shown(self) -> dict[str, str]:
         """The row as text, for tables."""
-        exact = "-" if self.exact_match is None else f"{100 * self.exact_match:.1f} %"
-        if self.samples and self.interval:
-            low, high = self.interval
-            exact = f"{exact} ({100 * low:.1f} to {100 * high:.1f})"
         return {
             "model": self.model,
             "layers": str(self.layers),
             "parameters": f"{self.parameters / 1e6:,.1f} M",
-            self.solved: exact,
+            self.solved: self.share(ends=self.samples > 0),
             "KL": f"{self.kl:z.4f}",
             "top-1": f"{100 * self.agreement:.1f} %",
             "perplexity": f"{self.perplexity:.3f}",

@@ -47,19 +47,30 @@ def measure_student(
 
 
 def borrow(out: pathlib.Path, lender: pathlib.Path, row: Row) -> None:
-    """Gives the run folder `out` what was measured of a row in another run folder of its model."""
+    """Gives the run folder `out` what was measured of a row in another run folder of its model, in
+    place of what is there of other settings."""
     if not processes.is_first():
         return
-    kinds = ("answers.jsonl", "windows.json", "deciles.json", "experts.json", "tasks.json", "json")
-    for kind in kinds:  # the last says that the others are there
-        there, here = (beside(folder / "evaluate", row.model, kind) for folder in (lender, out))
-        if there.exists() and not here.exists():
-            files.write_text(here, there.read_text(encoding="utf-8"))
+
+    def text(folder: pathlib.Path, kind: str) -> str | None:
+        path = beside(folder / "evaluate", row.model, kind)
+        return path.read_text(encoding="utf-8") if path.exists() else None
+
+    marks = "json", "tasks.json"
+    if all(text(out, kind) == text(lender, kind) for kind in marks):
+        return
+    kinds = "answers.jsonl", "windows.json", "deciles.json", "experts.json"
+    for kind in (*marks, *kinds):
+        beside(out / "evaluate", row.model, kind).unlink(missing_ok=True)
+    for kind in (*kinds, *marks):  # the last ones say that the others are there
+        if (found := text(lender, kind)) is not None:
+            files.write_text(beside(out / "evaluate", row.model, kind), found)
 
 
 def windows(job_: Job, row: Row) -> list[list[float]]:
     """KL and tokens of each window that a row was measured on, sums."""
-    return files.read_json(beside(job_.out / "evaluate", row.model, "windows.json"))
+    path = beside(job_.out / "evaluate", row.model, "windows.json")
+    return processes.from_first(lambda: files.read_json(path))
 
 
 def _spent(stage: pathlib.Path) -> float:

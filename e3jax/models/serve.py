@@ -99,7 +99,7 @@ def serve(
         slots, said = generator.go_on(
             weights,
             slots,
-            _on_rows(np.isin(np.arange(rows), list(held))),
+            mesh.share_batch(np.isin(np.arange(rows), list(held))),
             np.int32(min(group, len(queue)) or rows),
             np.int32(BETWEEN if stops else TOGETHER),
         )
@@ -170,7 +170,7 @@ def _arrival(
         of_slots = [nobody if number is None else requests[number] for number in holder]
 
         def of(name: str, dtype: Any) -> Any:
-            return _on_rows(np.array([getattr(r, name) for r in of_slots], dtype))
+            return mesh.share_batch(np.array([getattr(r, name) for r in of_slots], dtype))
 
         sampling = Sampling(
             temperature=of("temperature", np.float32),
@@ -181,17 +181,12 @@ def _arrival(
             seed=of("seed", np.uint32),
         )
     return Arrival(
-        tokens=_on_rows(tokens),
-        segments=_on_rows(segments),
-        source=_on_rows(source),
-        left=_on_rows(left),
+        tokens=mesh.share_batch(tokens),
+        segments=mesh.share_batch(segments),
+        source=mesh.share_batch(source),
+        left=mesh.share_batch(left),
         sampling=sampling,
     )
-
-
-def _on_rows(x: np.ndarray) -> Any:
-    """A global array of what every process has whole."""
-    return mesh.shard_batch(x[mesh.rows_here(len(x))])
 
 
 def _stopped(ids: list[int], new: int, stop: Sequence[str], tokenizer: Any) -> int | None:

@@ -144,7 +144,7 @@ def tradeoff(path: pathlib.Path, points: Sequence[Any]) -> None:
     """Quality against speed and parameters, with 95 % intervals: of each selector the models of a
     sweep, joined; the dense one, the first of the points, as a diamond."""
     dense, *others = points
-    scored = dense.exact is not None
+    scored = dense.row.interval is not None
     figure = _canvas(8.5, 3.2 * (1 + scored))
     grid = figure.subplots(1 + scored, 2, squeeze=False, sharey="row", sharex="col")
     xs = (
@@ -163,7 +163,7 @@ def tradeoff(path: pathlib.Path, points: Sequence[Any]) -> None:
             grid[0][column].errorbar(x, [p.row.kl for p in own], margin, **style)
             if scored:
                 share = np.array([p.row.exact_match for p in own])
-                low, high = np.array([p.exact for p in own]).T
+                low, high = np.array([p.row.interval for p in own]).T
                 ends = 100 * np.maximum([share - low, high - share], 0)
                 grid[1][column].errorbar(x, 100 * share, ends, **style)
         grid[0][column].plot(x_of(dense), dense.row.kl, "D", color=INK, label="dense")
@@ -172,7 +172,7 @@ def tradeoff(path: pathlib.Path, points: Sequence[Any]) -> None:
         grid[-1][column].set_xlabel(xlabel)
     grid[0][0].set_ylabel("KL to dense (nats/token)")
     if scored:
-        grid[1][0].set_ylabel("exact match (%)")
+        grid[1][0].set_ylabel(f"{dense.row.solved} (%)")
     for axes in grid.flat:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
@@ -180,12 +180,13 @@ def tradeoff(path: pathlib.Path, points: Sequence[Any]) -> None:
     figure.suptitle("Quality against speed here and size", fontsize=10)
     columns = [
         "model", "layers", "parameters", "KL to dense (nats/token)", "standard error",
-        "exact match", "from", "to", "prefill tokens/s", "decode tokens/s",
+        dense.row.solved, "from", "to", "prefill tokens/s", "decode tokens/s",
     ]  # fmt: skip
     rows = (
         (
             *(p.row.model, p.row.layers, p.row.parameters, p.row.kl, p.kl_error),
-            *(p.row.exact_match, *(p.exact or (None, None)), p.speed.prefill, p.speed.decode),
+            *(p.row.exact_match, *(p.row.interval or (None, None))),
+            *(p.speed.prefill, p.speed.decode),
         )
         for p in points
     )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from e3jax import processes
 from e3jax.search import gumbel, surrogate
 from e3jax.search.surrogate import Scored
 
@@ -49,7 +50,8 @@ def refine(
     theta: the search's. seen: the masks it scored. score: (kept layers as bool [L], number of a
     batch) -> (KL to the dense model, tokens), sums over `windows` windows. Ends before `budget`
     batches are exceeded; what is measured for the result comes on top. An answer's theta has its
-    entries in another order.
+    entries in another order. Process 0 has the surrogate: what linear algebra rounds to differs
+    between hosts, and `score` is the work of all.
     """
     fixed = (keep, protect_l, force_l)
     start = gumbel.answer(theta_l, *fixed)
@@ -80,20 +82,37 @@ def refine(
                 return better
         raise AssertionError("there is no batch")
 
+    def known() -> Scored:
+        """What the search saw, and what was measured since, once each."""
+        found = [(name, n, *sums) for name, of in parts.items() for n, sums in of.items()]
+        if not found:
+            return seen
+        names, numbers, kl, tokens = zip(*found, strict=True)
+        mean = np.array(kl) / np.maximum(tokens, 1.0)
+        kept = np.array([np.frombuffer(name, bool) for name in names])
+        log_kl = np.log(np.maximum(mean, gumbel.LOSS_FLOOR))
+        return seen.and_(scored(~kept, log_kl, np.array(numbers), windows))
+
+    def first(make: Callable[[], np.ndarray]) -> np.ndarray:
+        return np.array(processes.from_first(lambda: make().tolist()))
+
     rng = np.random.default_rng(seed)
-    scales, known, number = surrogate.fit_scales(seen), seen, 0
+    scales, number = surrogate.fit_scales(seen), 0
     while True:
-        found = _proposals(theta_l, known, scales, rng, fixed)
-        new = sum(not has(kept, number) for kept in found)
-        if not new or spent + new > SHARE * budget:
+        found = first(lambda: _proposals(theta_l, known(), scales, rng, fixed))
+        new = [kept for kept in found if not has(kept, number)][: int(SHARE * budget) - spent]
+        if not new:
             break
-        kl, tokens = np.array([measured(kept, number) for kept in found]).T
-        log_kl = np.log(np.maximum(kl / np.maximum(tokens, 1.0), gumbel.LOSS_FLOOR))
-        known = known.and_(scored(~np.array(found), log_kl, windows))
+        for kept in new:
+            measured(kept, number)
         number = (number + 1) % batches
     pool = np.array([np.frombuffer(name, bool) for name in parts])
-    expected = surrogate.posterior(known, surrogate.fit_scales(known), 0, rng)[0](~pool)
-    best, *others = pool[np.argsort(expected, kind="stable")]
+
+    def expected() -> np.ndarray:
+        said = known()
+        return surrogate.posterior(said, surrogate.fit_scales(said), 0, rng)[0](~pool)
+
+    best, *others = pool[first(lambda: np.argsort(expected(), kind="stable"))]
     for kept in others:
         if (better := race(kept, best)) is None:
             break
@@ -112,14 +131,14 @@ def refine(
     return sorted(results, key=lambda result: result.kl)
 
 
-def scored(removed_nl: np.ndarray, log_kl: np.ndarray, windows: int) -> Scored:
-    """Masks [N, L] that were scored on the same so many windows; those that overflow count as e
-    times the worst of the others, or they would be proposed again."""
+def scored(removed_nl: np.ndarray, log_kl: np.ndarray, batch: np.ndarray, windows: int) -> Scored:
+    """Masks, bool [N, L], that were scored on so many windows each, by the number of their batch;
+    those that overflow count as e times the worst of the others, or they would be proposed
+    again."""
     fine = np.isfinite(log_kl)
-    worst = log_kl[fine].max(initial=0.0) + 1.0
-    count = len(log_kl)
-    group, each = np.zeros(count, int), np.full(count, float(windows))
-    return Scored(removed_nl, np.where(fine, log_kl, worst), group, each)
+    worst = log_kl[fine].max() + 1.0 if fine.any() else 0.0
+    each = np.full(len(log_kl), float(windows))
+    return Scored(removed_nl, np.where(fine, log_kl, worst), batch, each)
 
 
 def drawn(
@@ -147,8 +166,8 @@ def _proposals(
     scales: surrogate.Scales,
     rng: np.random.Generator,
     fixed: tuple[int, np.ndarray, np.ndarray],
-) -> list[np.ndarray]:
-    """Answers, bool [L] each and no two the same, that the surrogate or a sample of it (Thompson
+) -> np.ndarray:
+    """Answers, bool [N, L] and no two the same, that the surrogate or a sample of it (Thompson
     sampling) has for the best."""
     noise = rng.gumbel(size=(STARTS, len(theta_l)))
     starts = [~gumbel.answer(theta, *fixed) for theta in [theta_l, *(theta_l + noise)]]
@@ -158,7 +177,7 @@ def _proposals(
         ends = np.array([model.descend(removed, may_move) for removed in starts])
         kept = ~ends[np.argmin(model(ends))]
         found[kept.tobytes()] = kept
-    return list(found.values())
+    return np.array(list(found.values()))
 
 
 def _theta_of(kept: np.ndarray, theta: np.ndarray) -> np.ndarray:
