@@ -194,26 +194,27 @@ def _answers(
     windows = min(spec.refine_windows, len(job_.held_out))
     rows = job.rows_per_batch(min(RACE, spec.together, windows))
     batches = list(job.ordered(job_.held_out, rows, windows))
-    known: dict[bytes, list[tuple[float, float]]] = {}
+    known: dict[tuple[bytes, int], list[tuple[float, float]]] = {}
     spent = 0.0
 
     def score(kept: np.ndarray, number: int) -> tuple[float, float]:
         """Of RACE windows, whatever a batch has: that depends on the devices."""
         nonlocal spent
-        part = slice(number * RACE, min((number + 1) * RACE, windows))
-        seen = known.setdefault(kept.tobytes(), [])
-        while len(seen) < part.stop:
-            batch, keep = batches[len(seen) // rows], np.flatnonzero(kept)
-            seen += figures(job_.params, job_.params, [batch], keep, each_window=True).windows
-        spent += np.count_nonzero(job_.held_out.segments[part])
-        kl, tokens = zip(*seen[part], strict=True)
+        part = range(number * RACE, min((number + 1) * RACE, windows))
+        name, keep = kept.tobytes(), np.flatnonzero(kept)
+        for at in {window // rows for window in part}:
+            if (name, at) not in known:
+                found = figures(job_.params, job_.params, [batches[at]], keep, each_window=True)
+                known[name, at] = found.windows
+        spent += np.count_nonzero(job_.held_out.segments[list(part)])
+        kl, tokens = zip(*(known[name, n // rows][n % rows] for n in part), strict=True)
         return sum(kl), sum(tokens)
 
     count = -(-windows // RACE)
     budget = -(-spec.refine * spec.score_windows // min(RACE, windows))
-    seen = refine.drawn(
-        np.asarray(state.drawn), np.asarray(state.log_loss), fixed["keep"], spec.masks_per_window
-    )
+    steps = spec.steps if spec.loss == "kl" else 0  # a cross-entropy tells of another scale
+    drawn, log_loss = np.asarray(state.drawn)[:steps], np.asarray(state.log_loss)[:steps]
+    seen = refine.drawn(drawn, log_loss, fixed["keep"], spec.masks_per_window)
     found = refine.refine(
         theta,
         seen,

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from e3jax import cli, files, recovery
+from e3jax import choice, cli, files, recovery
 from e3jax.errors import Diverged
 from e3jax.hf.export import export_new
 from e3jax.models import decoder
@@ -33,13 +33,22 @@ def searched(place, name, *overrides):
 
 
 @pytest.mark.slow
-def test_the_refinement_does_not_depend_on_the_devices(place):
-    """Eight devices measure eight windows at a time; a race goes on four, and counts those."""
+def test_the_refinement_does_not_depend_on_the_devices(place, monkeypatch):
+    """Eight devices measure eight windows at a time; a race goes on four, and counts those. Nothing
+    else is measured."""
+    calls, real = [], choice.make_figures
+
+    def counted(*_, **options):
+        figures = real(*_, **options)
+        return lambda *given, **more: calls.append(more) or figures(*given, **more)
+
+    monkeypatch.setattr(choice, "make_figures", counted)
     refined = ("search.refine=8", "search.refine_windows=20")
     eight = searched(place, "eight", "mesh.data=8", *refined)
     two = searched(place, "two", "mesh.data=2", "mesh.model=4", *refined)
     for name in ("keep", "tokens", "teacher_tokens"):
         assert eight[name] == two[name], name
+    assert calls.count({"each_window": True}) <= 2 * (8 * 8 // 4 + 20 // 4)
     assert eight["kl"] == pytest.approx(two["kl"], rel=1e-4)
     without = searched(place, "without")
     assert without["tokens"] < eight["tokens"]
