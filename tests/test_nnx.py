@@ -59,6 +59,7 @@ def test_same_arrays_logits_and_gradients(name, tmp_path):
     assert_bitwise((view[0], nnx.to_pure_dict(view[1][0]), view[1][1]), (ours[0], *ours[1]))
 
 
+@pytest.mark.slow
 def test_split_merge_pruned_and_trained(tmp_path):
     """A pruned model of two stacks, taken apart, put together and trained as NNX does it."""
     family, changes = CASES["deepseek_v3"]

@@ -207,7 +207,7 @@ train_is_the_same = same_as_one_device(train_step, check_train)
 1x2x4 odd stored
 1x4x2 even plain *
 2x2x2 odd plain
-2x2x2 sparse online
+2x2x2 sparse online *
 """)
 def test_train_step(sizes, name, case):
     train_is_the_same(sizes, name, case)
