@@ -137,8 +137,11 @@ def read(out: pathlib.Path) -> Facts:
 
 def _figure(out: pathlib.Path, row: Row) -> Figure:
     windows = records.value(rows.beside(out / "evaluate", row.model, "windows.json")) or []
+    exact = row.interval
+    if exact is None and row.exact_match is not None:  # of an older version
+        exact = intervals.wilson(round(row.exact_match * row.problems), row.problems)
     error = intervals.mean(windows)[1] if windows else None
-    return Figure(row, row.interval, error, windows)
+    return Figure(row, exact, error, windows)
 
 
 def _flips(
