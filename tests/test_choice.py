@@ -1,27 +1,18 @@
 """Stage 1 from configuration to mask.json: refinement and candidates, what they cost, restarts."""
 
-import jax
 import numpy as np
 import pytest
 
 from e3jax import choice, cli, files, recovery
 from e3jax.errors import Diverged
-from e3jax.hf.export import export_new
-from e3jax.models import decoder
 from e3jax.training import loop
-from test_pipeline import CFG, SETTINGS
+from test_pipeline import write_job
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a random checkpoint of four layers and a configuration."""
-    place = tmp_path_factory.mktemp("choice")
-    params = decoder.init_params(jax.random.key(0), CFG)
-    params = jax.tree.map(lambda w: w * 4 if w.ndim > 2 else w, params)
-    export_new(params, CFG, files.bundled("demo/model"), place / "model", card="", bos=1, eos=2)
-    parts = {"out": place / "out", "model": place / "model", "cache": place / "cache"}
-    (place / "run.yaml").write_text(SETTINGS.format(**parts))
-    return place
+    return write_job(tmp_path_factory.mktemp("choice"))
 
 
 def searched(place, name, *overrides):

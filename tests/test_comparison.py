@@ -3,17 +3,14 @@
 import json
 import typing
 
-import jax
 import numpy as np
 import pytest
 
-from e3jax import cli, config, files, mask, recovery
+from e3jax import cli, config, mask, recovery
 from e3jax.evaluate import intervals
-from e3jax.hf.export import export_new
-from e3jax.models import decoder
 from e3jax.selectors import registry
 from e3jax.selectors.selection import Task
-from test_pipeline import CFG, SETTINGS
+from test_pipeline import SETTINGS, write_job
 
 NAMES = typing.get_args(config.Selector)
 CHOSEN = ("e3", "shortgpt", "minitron", "sleb", "laco", "random")
@@ -61,12 +58,7 @@ def test_error_shrinks_as_that_of_a_mean():
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A random model of four layers, and what `compare` makes of it."""
-    place = tmp_path_factory.mktemp("compare")
-    params = decoder.init_params(jax.random.key(0), CFG)
-    params = jax.tree.map(lambda w: w * 4 if w.ndim > 2 else w, params)
-    export_new(params, CFG, files.bundled("demo/model"), place / "model", card="", eos=2, pad=0)
-    parts = {"out": place / "out", "model": place / "model", "cache": place / "cache"}
-    (place / "run.yaml").write_text(MEASURED.format(**parts))
+    place = write_job(tmp_path_factory.mktemp("compare"), MEASURED)
     assert compare(place) == 0
     return place
 

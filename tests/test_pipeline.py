@@ -55,21 +55,26 @@ def command(place: pathlib.Path, name: str, *overrides: str) -> int:
     return cli.main([name, "--config", str(place / "run.yaml"), *overrides])
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a random checkpoint, a configuration and, in out/, the finished run."""
-    place = tmp_path_factory.mktemp("job")
+def write_job(place, settings=SETTINGS):
+    """A random checkpoint of four layers, and run.yaml, a configuration of it, in the folder."""
     params = decoder.init_params(jax.random.key(0), CFG)
     params = jax.tree.map(lambda w: w * 4 if w.ndim > 2 else w, params)
     tokenizer = files.bundled("demo/model")
     export_new(params, CFG, tokenizer, place / "model", card="", bos=1, eos=2, pad=0)
+    parts = {"out": place / "out", "model": place / "model", "cache": place / "cache"}
+    (place / "run.yaml").write_text(settings.format(**parts))
+    return place
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a random checkpoint, a configuration and, in out/, the finished run."""
+    place = write_job(tmp_path_factory.mktemp("job"))
     (place / "model" / "README.md").write_text("---\nlicense: mit\n---\n# tiny\n")
     # Greedy is without it, here and in the check through transformers.
     edit_json(
         place / "model" / "generation_config.json", lambda c: c.update(repetition_penalty=1.5)
     )
-    parts = {"out": place / "out", "model": place / "model", "cache": place / "cache"}
-    (place / "run.yaml").write_text(SETTINGS.format(**parts))
     assert command(place, "run", "export.raw=true") == 0
     return place
 

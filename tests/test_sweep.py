@@ -3,7 +3,6 @@
 import csv
 import json
 
-import jax
 import numpy as np
 import pytest
 import transformers
@@ -12,11 +11,9 @@ from e3jax import cli, configure, files, sweep
 from e3jax.errors import UserError
 from e3jax.evaluate.pace import Pace
 from e3jax.evaluate.rows import Row
-from e3jax.hf.export import export_new
-from e3jax.models import decoder
 from e3jax.report import pictures
 from e3jax.training.metrics import read_metrics
-from test_pipeline import CFG, SETTINGS
+from test_pipeline import CFG, write_job
 
 DEEP = CFG.take_layers([0, 1, 2, 3] * 4)
 
@@ -92,12 +89,7 @@ def test_table_and_picture(tmp_path, exact, samples, name):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A random model of four layers, and its sweep over three and two."""
-    place = tmp_path_factory.mktemp("sweep")
-    params = decoder.init_params(jax.random.key(0), CFG)
-    params = jax.tree.map(lambda w: w * 4 if w.ndim > 2 else w, params)
-    export_new(params, CFG, files.bundled("demo/model"), place / "model", card="", eos=2, pad=0)
-    parts = {"out": place / "out", "model": place / "model", "cache": place / "cache"}
-    (place / "run.yaml").write_text(SETTINGS.format(**parts))
+    place = write_job(tmp_path_factory.mktemp("sweep"))
     assert swept(place) == 0
     return place
 

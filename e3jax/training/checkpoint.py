@@ -285,9 +285,8 @@ def checksum(state: Any) -> jax.Array:
     """
     total = jnp.uint32(0)
     for x in jax.tree.leaves(state):
-        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-        bits = x.dtype == bool
-        words = x.astype(unsigned) if bits else jax.lax.bitcast_convert_type(x, unsigned)
+        x = x.astype(jnp.uint8) if x.dtype == bool else x  # booleans cannot be cast bit by bit
+        words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
         total = 31 * total + jnp.sum(words, dtype=jnp.uint32)  # modulo 2**32: in any order
     return total
 
