@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from e3jax import choice, files, job, processes, recovery
-from e3jax.evaluate import intervals, table
+from e3jax import choice, files, job, ledger, processes, recovery
+from e3jax.evaluate import compared, table
+from e3jax.evaluate.compared import Result
+from e3jax.evaluate.rows import Row
 from e3jax.job import Job
 from e3jax.planning.budget import make_budget
 from e3jax.search.search import resolve_keep
@@ -24,24 +25,7 @@ from e3jax.search.search import resolve_keep
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One selector, one seed. Seconds are of all devices together."""
-
-    selector: str
-    seed: int
-    removed: tuple[int, ...]  # ascending
-    tokens: int  # that choosing cost, through masked models
-    teacher_tokens: int
-    seconds: float  # of choosing
-    raw: table.Row
-    raw_windows: Any  # KL and tokens of each window, sums
-    recovered: table.Row | None = None
-    recovered_windows: Any = None
-    recovery_seconds: float = 0.0
-
-
-def compare(job_: Job) -> tuple[list[Result], table.Row]:
+def compare(job_: Job) -> tuple[list[Result], Row]:
     """All results in the order of the configuration, seed by seed; and the dense model's row."""
     spec = job_.run.compare
     keep = resolve_keep(job_.run.search.keep, job_.cfg.num_layers)
@@ -49,26 +33,31 @@ def compare(job_: Job) -> tuple[list[Result], table.Row]:
     counted = make_budget(dataclasses.replace(job_.run, distill=recipe), job_.cfg, "float32")
     tokens = spec.tokens or counted.tokens - counted.distill_tokens
     log.info("compare: at most %s tokens through masked models a choice", f"{tokens:,}")
-    dense, results = table.measure_dense(job_), []
+    with ledger.stage(job_.out, "evaluate"):
+        dense = table.measure_dense(job_)
+    results = []
     for seed in spec.seeds:
         run = dataclasses.replace(job_.run, seed=seed)
         here = job_.having(out=job_.out / f"seed-{seed}", run=run)
         for name in spec.selectors:
-            results.append(_result(here, name, keep, tokens))
+            results.append(_result(here, name, keep, tokens, job_.out))
             _tell(results[-1])
     return results, dense
 
 
-def _result(job_: Job, name: str, keep: int, tokens: int) -> Result:
+def _result(job_: Job, name: str, keep: int, tokens: int, out: pathlib.Path) -> Result:
+    """out: of the comparison, which has the ledger."""
     if name == "e3":
         choose = functools.partial(choice.search_mask, job_)
     else:
         choose = functools.partial(choice.selector_mask, job_, name, keep, tokens)
     spec = {"selector": name, "search": job_.run.search, "tokens": tokens}
-    seconds = _timed(job_, job_.out / name, spec, choose)
-    mask = choose()  # read back
+    with ledger.stage(out, f"choose {name}"):
+        seconds = _timed(job_, job_.out / name, spec, choose)
+        mask = choose()  # read back
     place, bare = mask.place, dataclasses.replace(mask, tokens=0)  # rows may be shared
-    raw = table.measure(job_, f"{place} raw", bare, lambda: recovery.survivors(job_, mask))
+    with ledger.stage(out, "evaluate"):
+        raw = table.measure(job_, f"{place} raw", bare, lambda: recovery.survivors(job_, mask))
     result = Result(
         selector=name,
         seed=job_.run.seed,
@@ -78,12 +67,15 @@ def _result(job_: Job, name: str, keep: int, tokens: int) -> Result:
         seconds=seconds,
         raw=raw,
         raw_windows=table.windows(job_, raw),
+        allowed=tokens,
     )
     if not job_.run.compare.recover:
         return result
     recover = functools.partial(recovery.recover, job_, mask, job_.out / place)
-    seconds = _timed(job_, job_.out / place, {"recipe": job_.run.distill}, recover)
-    row = table.measure_student(job_, f"{place} recovered", recover, bare, place)
+    with ledger.stage(out, "distill"):
+        seconds = _timed(job_, job_.out / place, {"recipe": job_.run.distill}, recover)
+    with ledger.stage(out, "evaluate"):
+        row = table.measure_student(job_, f"{place} recovered", recover, bare, place)
     return dataclasses.replace(
         result,
         recovered=row,
@@ -120,38 +112,29 @@ def _tell(result: Result) -> None:
 def summary(results: Sequence[Result]) -> str:
     """Two tables, of what the choices leave and of what recovery makes of it: means over seeds,
     their spread, and the difference of KL from the first selector's in the same windows."""
-    raw = [(r, r.raw, r.raw_windows) for r in results]
-    text = "nothing trained\n" + table.align(_rows(raw, costs=True))
-    recovered = [(r, r.recovered, r.recovered_windows) for r in results if r.recovered is not None]
-    if recovered:
-        text += "\n\nafter the same recovery\n" + table.align(_rows(recovered, costs=False))
+    text = "nothing trained\n" + table.align(_shown(compared.lines(results, "raw")))
+    if recovered := compared.lines(results, "recovered"):
+        text += "\n\nafter the same recovery\n" + table.align(_shown(recovered))
     return text
 
 
-def _rows(
-    measured: Sequence[tuple[Result, table.Row, Any]], *, costs: bool
-) -> list[dict[str, str]]:
-    names = list(dict.fromkeys(result.selector for result, _, _ in measured))
-    first = [windows for result, _, windows in measured if result.selector == names[0]]
+def _shown(lines: Sequence[compared.Line]) -> list[dict[str, str]]:
     shown = []
-    for name in names:
-        found, rows, windows = zip(*(x for x in measured if x[0].selector == name), strict=True)
-        kl = [row.kl for row in rows]
-        exact = [row.exact_match for row in rows if row.exact_match is not None]
-        line = {"selector": name, "KL": f"{np.mean(kl):.4f}", "spread": f"{np.ptp(kl):.4f}"}
-        line["from first"] = "-"
-        if name != names[0]:
-            mean, error = intervals.apart(first, windows)
-            line["from first"] = f"{mean:+.4f}" + ("" if error is None else f" ± {error:.4f}")
-        line["exact"] = f"{100 * np.mean(exact):.1f} %" if exact else "-"
-        if costs:
-            line["M tokens"] = f"{np.mean([r.tokens for r in found]) / 1e6:.2f}"
-            line["dense M"] = f"{np.mean([r.teacher_tokens for r in found]) / 1e6:.2f}"
-            line["seconds"] = f"{np.mean([r.seconds for r in found]):.0f}"
-        else:
-            line["M tokens"] = f"{np.mean([row.tokens for row in rows]) / 1e6:.2f}"
-            line["seconds"] = f"{np.mean([r.recovery_seconds for r in found]):.0f}"
-        shown.append(line)
+    for line in lines:
+        cells = {
+            "selector": line.selector,
+            "KL": f"{line.mean:.4f}",
+            "spread": f"{line.spread:.4f}",
+        }
+        cells["from first"] = "-"
+        if line.apart is not None:
+            mean, error = line.apart
+            cells["from first"] = f"{mean:+.4f}" + ("" if error is None else f" ± {error:.4f}")
+        cells["exact"] = "-" if line.exact is None else f"{100 * line.exact:.1f} %"
+        cells["M tokens"] = f"{line.tokens / 1e6:.2f}"
+        if line.teacher_tokens is not None:
+            cells["dense M"] = f"{line.teacher_tokens / 1e6:.2f}"
+        shown.append(cells | {"seconds": f"{line.seconds:.0f}"})
     return shown
 
 
@@ -163,5 +146,5 @@ def write(job_: Job, results: Sequence[Result], text: str) -> None:
     for result in results:
         fields = dataclasses.asdict(result)
         plain.append({k: v for k, v in fields.items() if not k.endswith("windows")})
-    files.write_json(job_.out / "compare.json", plain)
+    files.write_json(job_.out / compared.COMPARE, plain)
     files.write_text(job_.out / "compare.txt", text + "\n")

@@ -53,3 +53,11 @@ def apart(ours: Any, theirs: Any) -> tuple[float, float | None]:
     """
     (kl_a, tokens), (kl_b, _) = (np.mean(x, axis=0).T for x in (ours, theirs))
     return mean(np.stack([kl_b - kl_a, tokens], axis=1).tolist())
+
+
+def paired(ours: Sequence[Any], theirs: Sequence[Any]) -> tuple[float, float | None] | None:
+    """The same; None where the windows are not the same ones, or not on record."""
+    tokens = [[count for _, count in windows] for windows in (*ours, *theirs)]
+    if not tokens[0] or any(counts != tokens[0] for counts in tokens):
+        return None
+    return apart(ours, theirs)
