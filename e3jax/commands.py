@@ -48,7 +48,8 @@ COMMANDS = {
         """Each of compare.selectors chooses as many layers, at equal cost in tokens through masked
         models, for each of compare.seeds; each choice is measured as it is, and recovered by the
         recipe of `distill`. Prints means, spread, differences in the same windows with their
-        standard error, and cost. Given again, it goes on.""",
+        standard error, and cost; writes them as compare.json and in report.html. Given again, it
+        goes on.""",
         ("compare", "search", "distill", "evaluate"),
     ),
     "bench": (
@@ -156,7 +157,10 @@ def make_parser() -> argparse.ArgumentParser:
     line = "one self-contained HTML page about a run, or several side by side"
     sub = commands.add_parser("report", help=line, description=line)
     sub.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run folders; differences: from the 1st"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="folders of runs, or of trainings; differences: from the 1st; or that of a comparison",
     )
     sub.add_argument(
         "--out",

@@ -84,7 +84,7 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
             )
         with job.boards(run, out):
             COMMANDS[command](job_)
-        if command != "compare" and not several and processes.is_first():
+        if not several and processes.is_first():
             pictures.draw(out)
             page.write([out], out / page.REPORT)
             print(f"report: {out}/{page.REPORT}")
@@ -232,8 +232,6 @@ def compare(job_: Job) -> None:
     results, dense = comparison.compare(job_)
     text = f"dense: {table.summary(dense)}\n\n{comparison.summary(results)}"
     comparison.write(job_, results, text)
-    if processes.is_first():
-        pictures.draw_comparison(job_.out, results)
     print(f"{text}\n\neach result: {job_.out}/compare.json   picture: {job_.out}/plots")
 
 

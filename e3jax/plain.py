@@ -14,7 +14,7 @@ from e3jax.hf import families, hub
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Params
-from e3jax.report import pictures
+from e3jax.report import page, pictures
 
 
 def train(run: config.Run, out: pathlib.Path) -> None:
@@ -70,6 +70,9 @@ def train(run: config.Run, out: pathlib.Path) -> None:
     if processes.is_first():
         pictures.draw(out)
     print(f"trained: {out}/export   pictures: {out}/plots")
+    if processes.is_first():
+        page.write([out], out / page.REPORT)
+        print(f"report: {out}/{page.REPORT}")
 
 
 def architecture(run: config.Run) -> pathlib.Path:

@@ -1,16 +1,20 @@
 """Selectors against each other: names, cost, what is shared, restart, and the differences."""
 
+import collections
 import json
+import shlex
 import typing
 
 import numpy as np
 import pytest
 
-from e3jax import cli, config, mask, recovery
+from e3jax import cli, commands, config, configure, files, ledger, mask, recovery
 from e3jax.evaluate import intervals
+from e3jax.report import facts, words
 from e3jax.selectors import registry
 from e3jax.selectors.selection import Task
 from test_pipeline import SETTINGS, write_job
+from test_report import Page
 
 NAMES = typing.get_args(config.Selector)
 CHOSEN = ("e3", "shortgpt", "minitron", "sleb", "laco", "random")
@@ -59,7 +63,9 @@ def test_error_shrinks_as_that_of_a_mean():
 def place(tmp_path_factory):
     """A random model of four layers, and what `compare` makes of it."""
     place = write_job(tmp_path_factory.mktemp("compare"), MEASURED)
-    assert compare(place) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger, "FROM_S", 0.0)  # a choice of this model takes less than it
+        assert compare(place) == 0
     return place
 
 
@@ -90,6 +96,53 @@ def test_equal_choices_share_their_recovery(place):
         here = place / "out" / f"seed-{seed}"
         sets = {(*r["removed"], r["selector"] == "laco") for r in results if r["seed"] == seed}
         assert len(list(here.glob("without-*"))) == len(sets)
+
+
+def test_page_has_the_figures_and_the_layers(place):
+    """As compare.json and the files of the windows have them."""
+    out = place / "out"
+    results = json.loads((out / "compare.json").read_text())
+    found = Page((out / "report.html").read_text())
+    assert not found.wrong
+
+    def of(name, state):
+        own = [r for r in results if r["selector"] == name]
+        places = [
+            out / f"seed-{r['seed']}/evaluate/{r[state]['model'].replace(' ', '-')}.windows.json"
+            for r in own
+        ]
+        return own, np.array([json.loads(path.read_text()) for path in places])
+
+    for state in ("raw", "recovered"):
+        first = of("e3", state)[1]
+        for name in CHOSEN:
+            own, windows = of(name, state)
+            kl = windows[..., 0].sum(1) / windows[..., 1].sum(1)
+            assert kl == pytest.approx([r[state]["kl"] for r in own], rel=1e-4)
+            shown = f"{name} {kl.mean():.4f} {np.ptp(kl):.4f}"
+            if name != "e3":
+                mean, error = intervals.apart(first, windows)
+                shown += f" {mean:+.4f} ± {error:.4f}"
+            assert shown in found.text, state
+    labels = [a["aria-label"] for tag, a in found.elements if a.get("class") == "layers"]
+    by_selector = [r["removed"] for name in CHOSEN for r in results if r["selector"] == name]
+    assert labels == [f"layers removed: {', '.join(map(str, x))}" for x in by_selector]
+
+
+def test_what_each_choice_took_is_on_the_ledger(place):
+    lines = files.read_lines(place / "out" / files.LEDGER)
+    stages = collections.Counter(line["stage"] for line in lines)
+    of_each = {f"choose {name}": 2 for name in CHOSEN}  # seeds
+    assert stages == of_each | {"rehearsal": 1, "distill": 12, "evaluate": 1 + 2 * 12}
+
+
+def test_commands_on_the_page_are_understood(place):
+    found = words.commands(facts.read(place / "out"))
+    assert len(found) == 3
+    for _, line in found:
+        options = commands.parse(shlex.split(line)[2:])
+        if options.command != "report":
+            assert configure.load_run(options.config, options.overrides).out.startswith("runs/")
 
 
 def test_given_again_nothing_is_done_again(place, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import hashlib
+import html
 import json
 import logging
 import pathlib
@@ -411,6 +412,17 @@ def test_train_from_a_checkpoint_and_from_scratch(place, tmp_path, caplog, capsy
     new = tmp_path / "new" / "export"
     assert transformers.AutoModelForCausalLM.from_pretrained(new).config.eos_token_id == 2
     assert "from random initialisation" in (new / "README.md").read_text()
+    size = f"{decoder.count_params(CFG) / 1e3:.4g} K parameters"
+    for folder, told_ in (
+        ("on", f"{place}/model, a model of {size}, was trained further on"),
+        ("new", f"A model of {size} was trained from random initialisation on"),
+    ):
+        text = html.unescape((tmp_path / folder / "report.html").read_text())
+        lines = read_metrics(tmp_path / folder / "train")
+        first, *_, last = (x["held_out_perplexity"] for x in lines if "held_out_perplexity" in x)
+        assert told_ in text and f"perplexity went from {first:.4g} to {last:.4g}." in text
+        assert files.checkpoint_hash(tmp_path / folder / "export") in text
+    assert files.checkpoint_hash(place / "model") in (tmp_path / "on" / "report.html").read_text()
 
 
 # ---------------------------------------------------------------- pictures

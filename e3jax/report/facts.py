@@ -13,10 +13,13 @@ from typing import Any
 
 from e3jax import files
 from e3jax.errors import UserError
-from e3jax.evaluate import answers, intervals, rows, speed
+from e3jax.evaluate import answers, compared, intervals, rows, speed
+from e3jax.evaluate.compared import Line, Result
 from e3jax.evaluate.rows import Row
 from e3jax.evaluate.speed import Speed
+from e3jax.hf import families
 from e3jax.hf.aside import RECORD
+from e3jax.models.params import count_params
 from e3jax.report import records
 from e3jax.training.metrics import read_metrics
 
@@ -70,8 +73,29 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What `compare` found."""
+
+    results: list[Result]
+    dense: Row | None
+    raw: list[Line]
+    recovered: list[Line]  # empty where nothing was
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What `train` has done so far."""
+
+    steps: int
+    tokens: int
+    perplexity: list[tuple[int, float]]  # held out, after so many steps
+    parameters: int | None  # of its export
+    scratch: bool  # from random initialisation
+
+
+@dataclasses.dataclass(frozen=True)
 class Facts:
-    """All about a run."""
+    """All about a run, a comparison or a training."""
 
     out: pathlib.Path
     name: str
@@ -85,6 +109,18 @@ class Facts:
     dense: str | None  # hash of the dense checkpoint
     exports: list[Export]
     speed: Speed | None
+    comparison: Comparison | None
+    training: Training | None
+
+    @property
+    def kinds(self) -> list[str]:
+        """What was done in the folder: `compare`, `train`, `run` or a stage of it."""
+        done = {
+            "compare": self.comparison is not None,
+            "train": self.training is not None,
+            "run": self.kept is not None or bool(self.figures),
+        }
+        return [kind for kind, found in done.items() if found] or ["run"]
 
     @property
     def baselines(self) -> list[str]:
@@ -115,7 +151,7 @@ def read(out: pathlib.Path) -> Facts:
     if not (out / "run.json").is_file():
         raise UserError(f"{out}: not a run of e3jax: there is no run.json; expected a run's folder")
     with understood(out):
-        mask = records.kept(out)
+        mask, comparison = records.kept(out), _comparison(out)
         figures = [_figure(out, row) for row in rows.read(out / "evaluate")]
         given = {f.row.model: answers.read(out / "evaluate", f.row) for f in figures}
         whole = {model: found for model, found in given.items() if found}
@@ -127,12 +163,37 @@ def read(out: pathlib.Path) -> Facts:
             figures=figures,
             flips=_flips(figures, whole),
             samples=_samples([f.row.model for f in figures[:3]], whole),
-            costs=_costs(out, mask),
+            costs=_costs(out, mask, comparison),
             versions=_versions(out),
-            dense=_dense(out, mask),
+            dense=_dense(out, mask, comparison),
             exports=[e for name in ("export", "export-raw") if (e := _export(out / name))],
             speed=speed.read(out / "bench"),
+            comparison=comparison,
+            training=_training(out),
         )
+
+
+def _comparison(out: pathlib.Path) -> Comparison | None:
+    results = compared.read(out)
+    if not results:
+        return None
+    raw, recovered = (compared.lines(results, state) for state in compared.STATES)
+    return Comparison(results, compared.read_dense(out), raw, recovered)
+
+
+def _training(out: pathlib.Path) -> Training | None:
+    lines = read_metrics(out / "train")
+    if not lines:
+        return None
+    export, key = out / "export" / "config.json", "held_out_perplexity"
+    written = (out / "export" / RECORD).is_file()
+    return Training(
+        steps=max((line["step"] + 1 for line in lines if "loss" in line), default=0),
+        tokens=_spent(lines),
+        perplexity=[(line["step"], line[key]) for line in lines if key in line],
+        parameters=count_params(families.read_config(export)) if written else None,
+        scratch=records.configuration(out)["train"]["config"] is not None,
+    )
 
 
 def _figure(out: pathlib.Path, row: Row) -> Figure:
@@ -172,16 +233,30 @@ def _samples(ours: Sequence[str], given: dict[str, list[dict[str, Any]]]) -> lis
     return [sample for *_, sample in sorted(found, key=lambda x: x[:3])[:SAMPLES]]
 
 
-def _costs(out: pathlib.Path, mask: records.Kept | None) -> list[Cost]:
+def _spent(lines: Sequence[dict[str, Any]]) -> int:
+    return int(sum(line.get("tokens", 0.0) for line in lines))
+
+
+def _costs(
+    out: pathlib.Path, mask: records.Kept | None, comparison: Comparison | None
+) -> list[Cost]:
     lines = files.read_lines(out / files.LEDGER)
-    tokens: dict[str, int] = {}
-    teacher: dict[str, int] = {}
-    for stage in records.recoveries(out):
-        if spent := sum(line.get("tokens", 0.0) for line in read_metrics(out / stage)):
-            tokens[stage] = int(spent)
+    tokens: collections.Counter[str] = collections.Counter()
+    teacher: collections.Counter[str] = collections.Counter()
+    for stage in (*records.recoveries(out), "train"):
+        if spent := _spent(read_metrics(out / stage)):
+            tokens[stage] = spent
     if mask is not None and mask.searched:
         tokens["search"] = mask.record.get("tokens", 0)
         teacher["search"] = mask.record.get("teacher_tokens", 0)
+    recovered = {}  # selectors that agree share a recovery
+    for result in comparison.results if comparison else ():
+        tokens[f"choose {result.selector}"] += result.tokens
+        teacher[f"choose {result.selector}"] += result.teacher_tokens
+        if (row := result.recovered) is not None:
+            recovered[result.seed, row.model] = row.tokens
+    if recovered:
+        tokens["distill"] += sum(recovered.values())
     stages = dict.fromkeys([*(line["stage"] for line in lines), *tokens])
     costs = []
     for stage in stages:
@@ -215,11 +290,16 @@ def _versions(out: pathlib.Path) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _dense(out: pathlib.Path, mask: records.Kept | None) -> str | None:
-    recipe = records.value(out / "distill" / "checkpoints" / "inputs.json")
-    if recipe:
-        return recipe.get("model")
-    return mask.record.get("checkpoint") if mask else None
+def _dense(
+    out: pathlib.Path, mask: records.Kept | None, comparison: Comparison | None
+) -> str | None:
+    for stage in ("distill", "train"):
+        if recipe := records.value(out / stage / "checkpoints" / "inputs.json"):
+            return recipe.get("model")
+    record = mask.record if mask else None
+    if record is None and comparison is not None:
+        record = records.value(compared.mask_file(out, comparison.results[0]))
+    return record.get("checkpoint") if record else None
 
 
 def _export(folder: pathlib.Path) -> Export | None:

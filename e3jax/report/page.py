@@ -1,4 +1,5 @@
-"""report.html: one page about a run, or several beside each other, that needs nothing but itself.
+"""report.html: one page about a run, a comparison or a training, or several runs or trainings
+beside each other, that needs nothing but itself.
 
 Templates escape all text that comes from data; figures are drawn in the browser by report.js from
 JSON in the page, and no other script may run in it, nor anything be loaded (its policy has the
@@ -11,34 +12,30 @@ import dataclasses
 import hashlib
 import math
 import pathlib
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 import markupsafe
-import yaml
 
 from e3jax import __version__, files
 from e3jax.errors import UserError
-from e3jax.evaluate import intervals
+from e3jax.evaluate import compared, intervals
 from e3jax.evaluate.speed import PHASES
-from e3jax.report import facts, records
-from e3jax.report.facts import Facts
+from e3jax.report import facts, records, words
+from e3jax.report.facts import Comparison, Facts
 
 HERE = pathlib.Path(__file__).parent
 # Read now: when a run ends, days later, the files may be another version's than this code.
-TEMPLATE, STYLE, SCRIPT = (
-    (HERE / name).read_text(encoding="utf-8")
-    for name in ("report.html.jinja", "report.css", "report.js")
-)
+STYLE, SCRIPT = ((HERE / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+TEMPLATES = {path.name: path.read_text(encoding="utf-8") for path in HERE.glob("*.jinja")}
 REPORT = "report.html"
 POINTS, COLUMNS = 400, 120  # of a curve, of a heat map: more would be larger and look the same
 
 
 def write(outs: Sequence[pathlib.Path], path: pathlib.Path) -> None:
-    """Writes the report of the run folders `outs`. Raises UserError where one is none, and where
-    `path` cannot be written."""
+    """Writes the report of the run folders `outs`. Raises UserError where one is none, where they
+    are not to be put side by side, and where `path` cannot be written."""
     text = render(outs)
     try:
         files.write_text(path, text)
@@ -61,18 +58,19 @@ def render(outs: Sequence[pathlib.Path]) -> str:
     sections = [{"facts": run, "charts": _charts(run, chart)} for run in runs]
     together = _together(runs, chart) if len(runs) > 1 else None
     environment = jinja2.Environment(
+        loader=jinja2.DictLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": percent, "memory": memory, "seconds": seconds, "count": count, "yaml": as_yaml,
-    }  # fmt: skip
+        name: getattr(words, name) for name in ("percent", "memory", "seconds", "count", "as_yaml")
+    }
     environment.globals |= {
-        "summary": summary, "commands": commands, "removed": removed, "phases": PHASES,
+        "summary": words.summary, "commands": words.commands, "removed": removed, "phases": PHASES,
     }  # fmt: skip
-    return environment.from_string(TEMPLATE).render(
+    return environment.get_template("report.html.jinja").render(
         title=" beside ".join(run.name for run in runs),
         sections=sections,
         together=together,
@@ -84,6 +82,12 @@ def render(outs: Sequence[pathlib.Path]) -> str:
     )
 
 
+def removed(run: Facts) -> list[int]:
+    """Layers that are gone."""
+    assert run.kept is not None
+    return [i for i in range(run.kept.num_layers) if i not in run.kept.keep]
+
+
 # ---------------------------------------------------------------- figures
 
 
@@ -93,7 +97,7 @@ def _charts(run: Facts, chart: Any) -> dict[str, int]:
     keep = run.kept and run.kept.keep  # None while the search goes on
     with facts.understood(out):
         heat, importance = records.heat(out), records.importance(out)
-        names = ("search", "recovery", "behaviour", "removal")
+        names = ("search", "recovery", "behaviour", "removal", "training")
         drawn = {name: getattr(records, name)(out) for name in names}
     if heat is not None:
         chosen = _spread(len(heat.steps), COLUMNS)
@@ -116,7 +120,31 @@ def _charts(run: Facts, chart: Any) -> dict[str, int]:
     for name, curves in drawn.items():
         if curves is not None:
             found[name] = chart(**_curves(curves))
+    if run.comparison is not None:
+        found["compare"] = chart(**_dots(run.comparison))
     return found
+
+
+def _dots(comparison: Comparison) -> dict[str, Any]:
+    """A row a selector, the nearest to the dense model first; in it a dot a seed and state."""
+    shown = compared.nearest_first(comparison.raw)
+    states = {"nothing trained": comparison.raw, "recovered": comparison.recovered}
+    values = {
+        state: {line.selector: [_finite(kl) for kl in line.kl] for line in lines}
+        for state, lines in states.items()
+        if lines
+    }
+    return {
+        "kind": "dots",
+        "title": "Distance from the dense model",
+        "xlabel": records.KL,
+        "names": [line.selector for line in shown],
+        "seeds": list(dict.fromkeys(result.seed for result in comparison.results)),
+        "states": [
+            {"name": state, "values": [found[line.selector] for line in shown]}
+            for state, found in values.items()
+        ],
+    }
 
 
 def _curves(found: records.Curves) -> dict[str, Any]:
@@ -157,22 +185,34 @@ def _finite(value: float) -> float | None:
 # ---------------------------------------------------------------- several runs
 
 
+# Curves of several runs in one figure: by its name, that of each run's curve in it.
+SHARED = {
+    "run": {"search": "answer, held out", "recovery": "ours, held out"},
+    "train": {"training": "held out"},
+}
+
+
 def _together(runs: Sequence[Facts], chart: Any) -> dict[str, Any]:
-    """What is shown of several runs beside each other; differences are from the first."""
-    first = runs[0]
+    """What is shown of several runs beside each other; differences are from the first.
+
+    Raises UserError for those that have no figures in common.
+    """
+    first, kind = runs[0], _kind(runs)
     charts = {}
-    for name in ("search", "recovery"):
-        series: records.Series = {}
-        for run in runs:
-            curves = getattr(records, name)(run.out)
-            own = {"search": "answer, held out", "recovery": "ours, held out"}[name]
-            if curves is not None and own in curves.series:
-                series[run.name] = curves.series[own]
+    for name, own in SHARED[kind].items():
+        found = [(run.name, getattr(records, name)(run.out)) for run in runs]
+        series = {
+            run: curves.series[own] for run, curves in found if curves and own in curves.series
+        }
         if series:
-            title = {"search": "Search: the answer", "recovery": "Recovery"}[name]
-            found = records.Curves(name, f"{title}, held out", "step", records.KL, series)
-            charts[name] = chart(**_curves(found))
+            shown = next(curves for _, curves in found if curves)
+            title = {"search": "Search: the answer"}.get(name, name.capitalize())
+            shown = dataclasses.replace(
+                shown, title=f"{title}, held out", xlabel="step", series=series
+            )
+            charts[name] = chart(**_curves(shown))
     return {
+        "kind": kind,
         "charts": charts,
         "lines": [(run, _apart(first, run)) for run in runs],
         "changed": [(run, _changed(first, run)) for run in runs[1:]],
@@ -180,101 +220,32 @@ def _together(runs: Sequence[Facts], chart: Any) -> dict[str, Any]:
     }
 
 
+def _kind(runs: Sequence[Facts]) -> str:
+    """`run` or `train`, what all of them are."""
+    for run in runs:
+        if run.kinds == ["compare"]:
+            raise UserError(
+                f"{run.out}: a comparison, whose page has its selectors side by side; expected it "
+                "alone, or runs"
+            )
+    trained = [run for run in runs if run.kinds == ["train"]]
+    others = [run for run in runs if run not in trained]
+    if trained and others:
+        raise UserError(
+            f"{trained[0].out}: made by train, and {others[0].out} is not: they have no figures in "
+            "common; expected runs alone, or trainings alone"
+        )
+    return "train" if trained else "run"
+
+
 def _apart(first: Facts, other: Facts) -> tuple[float, float | None] | None:
     """Difference of the recovered models' KL in the same windows; None where they are not."""
     a, b = first.figure("recovered"), other.figure("recovered")
     if a is None or b is None or first is other or first.dense != other.dense:
         return None
-    tokens = [[count for _, count in figure.windows] for figure in (a, b)]
-    if not tokens[0] or tokens[0] != tokens[1]:
-        return None
-    return intervals.apart([a.windows], [b.windows])
+    return intervals.paired([a.windows], [b.windows])
 
 
 def _changed(first: Facts, other: Facts) -> list[str]:
     ours, theirs = ({**run.configuration, "out": None} for run in (first, other))
     return files.differences(ours, theirs)
-
-
-# ---------------------------------------------------------------- words
-
-
-def summary(run: Facts) -> str:
-    """The run in a sentence or two."""
-    path = run.configuration.get("model", {}).get("path", "the model")
-    mask, dense = run.kept, run.figure("dense")
-    if mask is None:
-        return f"No layers of {path} have been chosen yet."
-    text = f"{len(mask.keep)} of the {mask.num_layers} decoder layers of {path} were kept"
-    figure = run.figure("recovered") or run.figure("raw")
-    if dense is None or figure is None:
-        return text + "; what is left has not been measured yet."
-    row = figure.row
-    text += f", {percent(1 - row.parameters / dense.row.parameters)} of its parameters removed. "
-    trained = "Recovered" if row.model.endswith("recovered") else "With nothing trained"
-    text += f"{trained}, the model "
-    if row.exact_match is not None and dense.row.exact_match is not None:
-        text += (
-            f"solves {percent(row.exact_match)} of {row.problems} problems where the dense model "
-            f"solves {percent(dense.row.exact_match)}, and "
-        )
-    error = (
-        ""
-        if figure.kl_error is None
-        else f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{figure.kl_error:.2g}"
-    )
-    return text + f"is at a KL divergence of {row.kl:z.2g}{error} nats a token from it."
-
-
-def removed(run: Facts) -> list[int]:
-    """Layers that are gone."""
-    assert run.kept is not None
-    return [i for i in range(run.kept.num_layers) if i not in run.kept.keep]
-
-
-def commands(run: Facts) -> list[tuple[str, str]]:
-    """What to type to have this again, with what it is for."""
-    place = shlex.quote(str(run.out))
-    found = [
-        ("the whole run", f"python run.py run --config {place}/run.json out=runs/again"),
-        ("this page", f"python run.py report {place}"),
-    ]
-    if run.kept is not None and not run.kept.record.get("merges"):
-        model = shlex.quote(str(run.configuration.get("model", {}).get("path")))
-        mask = f"{place}/{'search' if run.kept.searched else 'distill'}/mask.json"
-        cut = f"python run.py export --from-mask {mask} model.path={model} out=runs/cut"
-        found.insert(1, ("the same layers, nothing trained", cut))
-    return found
-
-
-def percent(share: float) -> str:
-    """0.918 -> 91.8 %."""
-    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
-
-
-def memory(size: int) -> str:
-    """Bytes -> 12.3 GiB."""
-    value, unit = float(size), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-
-
-def seconds(value: float) -> str:
-    """73.4 -> 73 s; 5000 -> 1.39 h."""
-    return f"{value:,.0f} s" if value < 3600 else f"{value / 3600:,.2f} h"
-
-
-def count(number: float) -> str:
-    """1234567 -> 1.23 M."""
-    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " K")):
-        if number >= size:
-            return f"{number / size:,.4g}{unit}"
-    return f"{number:,.4g}"
-
-
-def as_yaml(tree: Any) -> str:
-    """A configuration as its files have it."""
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=1000)

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from e3jax.evaluate import compared
+from e3jax.evaluate.compared import Result
 from e3jax.report import plots, records
 
 
@@ -35,6 +37,8 @@ def draw(out: pathlib.Path) -> None:
                 ylabel=found.ylabel,
                 title=found.title,
             )
+    if results := compared.read(out):
+        _comparison(folder, results)
 
 
 def draw_sweep(out: pathlib.Path, points: Sequence[Any]) -> None:
@@ -43,15 +47,9 @@ def draw_sweep(out: pathlib.Path, points: Sequence[Any]) -> None:
     plots.tradeoff(out / "plots" / "sweep.png", points)
 
 
-def draw_comparison(out: pathlib.Path, results: Sequence[Any]) -> None:
+def _comparison(folder: pathlib.Path, results: Sequence[Result]) -> None:
     """plots/compare: KL of each selector's choices, raw and recovered."""
-    names = list(dict.fromkeys(result.selector for result in results))
-    found = {
-        name: (
-            [r.raw.kl for r in results if r.selector == name],
-            [r.recovered.kl for r in results if r.selector == name and r.recovered is not None],
-        )
-        for name in names
-    }
-    (out / "plots").mkdir(exist_ok=True)
-    plots.compared(out / "plots" / "compare.png", found)
+    found = {line.selector: (line.kl, []) for line in compared.lines(results, "raw")}
+    for line in compared.lines(results, "recovered"):
+        found[line.selector] = (found[line.selector][0], line.kl)
+    plots.compared(folder / "compare.png", found)

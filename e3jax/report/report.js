@@ -37,16 +37,17 @@ function linear(from, to, low, high) {
   return (value) => low + ((value - from) / spread) * (high - low);
 }
 
-function evenTicks(from, to, most) {
+// least: between two of them; whole steps and layers have no halves.
+function evenTicks(from, to, most, least = 1) {
   const rough = (to - from) / most || 1;
   const unit = 10 ** Math.floor(Math.log10(rough));
-  const step = Math.max(1, [1, 2, 5, 10].find((n) => n * unit >= rough) * unit);
+  const step = Math.max(least, [1, 2, 5, 10].find((n) => n * unit >= rough) * unit);
   const found = [];
   for (let at = Math.ceil(from / step) * step; at <= to; at += step) found.push(at);
   return found;
 }
 
-// Decades; with 2 and 5 of each where there are few.
+// Decades; with 2 and 5 of each where there are few, and even ones within a part of one.
 function logTicks(from, to) {
   const decades = Math.log10(to / from);
   const every = Math.max(1, Math.ceil(decades / 6));
@@ -56,7 +57,8 @@ function logTicks(from, to) {
       for (const digit of decades < 2 ? [1, 2, 5] : [1]) found.push(Number(`${digit}e${power}`));
     }
   }
-  return found.filter((value) => value >= from && value <= to);
+  const within = found.filter((value) => value >= from && value <= to);
+  return within.length < 3 && decades < 1 ? evenTicks(from, to, 5, 0) : within;
 }
 
 // The field with both axes; returns the scales. y is logarithmic, from low to high.
@@ -253,11 +255,63 @@ function heat(place, chart) {
   };
 }
 
+// ---------------------------------------------------------------- dots
+
+// A row a name, a dot a seed; x is logarithmic. Of two states the first is hollow, the last full.
+function dots(place, chart) {
+  const { names, seeds, states } = chart, row = 28, top = 8;
+  const tall = top + names.length * row + BOTTOM;
+  const mark = (state) => (state === states.at(-1) && states.length > 1 ? "kept-bar" : "gone-bar");
+  const drawing = node("div"), legend = node("ul", { class: "legend" });
+  for (const state of states) {
+    const swatch = shape("svg", { viewBox: "0 0 26 10", "aria-hidden": "true" });
+    swatch.append(shape("circle", { cx: 13, cy: 5, r: 4.5, class: mark(state) }));
+    legend.append(node("li", {}, swatch, state.name));
+  }
+  place.append(node("h4", {}, chart.title), drawing, legend);
+
+  const at = (value) => Math.max(value, 1e-8);
+  const all = states.flatMap((state) => state.values.flat()).filter((value) => value !== null).map(at);
+  if (!all.length) {
+    drawing.append("nothing finite");
+    return () => {};
+  }
+  const low = Math.min(...all) / 1.3, high = Math.max(...all) * 1.3;
+  const told = names.map((name, i) =>
+    `${name} ${states.map((state) => `${state.name} ${state.values[i].map(number).join(", ")}`).join("; ")}`);
+
+  return (width) => {
+    const svg = canvas(width, tall, `${chart.title}: ${told.join(". ")}`);
+    const left = Math.min(7 * Math.max(...names.map((name) => name.length)) + 12, width * 0.4);
+    const bottom = tall - BOTTOM;
+    const x = (value) => linear(Math.log(low), Math.log(high), left, width - RIGHT)(Math.log(value));
+    for (const tick of logTicks(low, high)) {
+      svg.append(shape("line", { class: "axis", x1: x(tick), x2: x(tick), y1: top, y2: bottom }));
+      svg.append(shape("text", { x: x(tick), y: bottom + 16, "text-anchor": "middle" }, number(tick)));
+    }
+    svg.append(shape("text", { x: (left + width - RIGHT) / 2, y: tall - 4, "text-anchor": "middle" }, chart.xlabel));
+    names.forEach((name, i) => {
+      const y = top + (i + 0.5) * row;
+      svg.append(shape("line", { class: "axis", x1: left, x2: width - RIGHT, y1: y, y2: y }));
+      svg.append(shape("text", { x: left - 8, y: y + 4, "text-anchor": "end" }, shorter(name, left - 8)));
+      for (const state of states) {
+        state.values[i].forEach((value, seed) => {
+          if (value === null) return;
+          const dot = shape("circle", { class: mark(state), cx: x(at(value)), cy: y, r: 5 });
+          dot.append(shape("title", {}, `${name}, seed ${seeds[seed]}, ${state.name}: ${number(value)}`));
+          svg.append(dot);
+        });
+      }
+    });
+    drawing.replaceChildren(svg);
+  };
+}
+
 // ---------------------------------------------------------------- all of them
 
 for (const place of document.querySelectorAll(".chart")) {
   const chart = CHARTS[Number(place.dataset.chart)];
-  const draw = { curves, bars, heat }[chart.kind](place, chart);
+  const draw = { curves, bars, heat, dots }[chart.kind](place, chart);
   let before = 0;
   new ResizeObserver(([entry]) => {
     const width = Math.round(entry.contentRect.width);
