@@ -4,7 +4,7 @@
         --mask runs/demo/search/mask.json \
         --settings "distill.weight=uniform" "distill.weight=student distill.optimizer.lr=1e-3"
 
-Or --grid benchmarks/grids/recovery.yaml. The figure is the KL to the dense model on the windows of
+Or --grid benchmarks/grids/terms.yaml. The figure is the KL to the dense model on the windows of
 data.measure (or the test problems), on which no recovery trains; differences to the first setting
 are paired, window by window and seed by seed, with the standard error over windows of their means
 over the seeds. Finished recoveries are not made again. Writes FOLDER/results.json.

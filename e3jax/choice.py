@@ -42,15 +42,10 @@ def search_mask(job_: Job) -> Mask:
     keep = search.resolve_keep(spec.keep, cfg.num_layers)
     protect, force = search.fixed_layers(spec, cfg.num_layers)
     fixed = {"keep": keep, "protect_l": protect, "force_l": force}
-    decides = dataclasses.asdict(spec)
+    decides = dataclasses.asdict(spec)  # the steps' outcome; the rest what is made of it
     trials = {key: decides.pop(key) for key in ("candidates", "candidate_steps")}
-    for key in (
-        "target",
-        "checkpoint_every",
-        "microbatch",
-        "start",
-        *(() if spec.refine else ("refine_windows",)),
-    ):
+    refined = {key: decides.pop(key) for key in ("refine", "refine_windows")}
+    for key in ("target", "checkpoint_every", "microbatch", "start"):
         del decides[key]
     start = _start(spec, cfg)
     inputs = job_.inputs(
@@ -58,7 +53,11 @@ def search_mask(job_: Job) -> Mask:
     )
     if start is not None:
         inputs["start"] = files.fingerprint((start.theta, len(start.keep)))
-    facts = inputs if spec.candidates == 1 else inputs | {"trials": trials | _trial_recipe(run)}
+    facts = dict(inputs)
+    if spec.refine:
+        facts["refined"] = refined
+    if spec.candidates > 1:
+        facts["trials"] = trials | _trial_recipe(run)
     path = folder / "mask.json"
     if (mask := _finished(path, cfg, facts)) is not None:
         log.info("search: finished before; keeping layers %s", list(mask.keep))

@@ -95,8 +95,8 @@ def test_a_candidate_that_diverges_is_not_chosen(place, monkeypatch):
 
 
 @pytest.mark.slow
-def test_candidates_and_their_recipe_decide_the_mask_not_the_search(place, monkeypatch):
-    """The search itself is not made again for another recovery of its candidates."""
+def test_the_steps_are_not_made_again_for_another_end_of_the_search(place, monkeypatch):
+    """Nor for another recovery of its candidates."""
     moving = ("search.init=random", "search.steps=6", "search.score_every=1", "search.lr=3")
     searched(place, "recipe", *moving)
 
@@ -108,6 +108,9 @@ def test_candidates_and_their_recipe_decide_the_mask_not_the_search(place, monke
     one = searched(place, "recipe", *moving, *tried)
     two = searched(place, "recipe", *moving, *tried[:2], "distill.optimizer.lr=1e-2")
     assert one["config"] != two["config"]
+    little = searched(place, "recipe", *moving, "search.refine=2")
+    more = searched(place, "recipe", *moving, "search.refine=4")
+    assert len({mask["config"] for mask in (one, two, little, more)}) == 4
 
 
 def test_candidates_need_the_teacher_in_the_step(place, capsys):
