@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, and what several tests share."""
 
 import atexit
+import collections
 import os
 import shutil
 import tempfile
@@ -31,6 +32,18 @@ from words_tiny import BOS, VOCAB
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test marked `cases(n)` all but the first n that are not slow become slow."""
+    seen = collections.Counter()
+    for item in items:
+        mark = item.get_closest_marker("cases")
+        if mark is not None and item.get_closest_marker("slow") is None:
+            seen[item.path, item.originalname] += 1
+            if seen[item.path, item.originalname] > mark.args[0]:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -138,6 +138,7 @@ def test_importance_is_the_kl_without_a_layer():
     np.testing.assert_allclose(found, wanted, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_search_and_recovery():
     params = dense_params()
     before = jax.tree.map(np.array, params)

@@ -48,6 +48,7 @@ def test_the_refinement_does_not_depend_on_the_devices(place, monkeypatch):
     assert more <= 8 * 8 * 96 + 20 * 96  # as the budget has it
 
 
+@pytest.mark.slow
 def test_the_best_candidate_after_a_short_recovery_is_chosen(place, monkeypatch, caplog):
     moving = ("search.init=random", "search.steps=6", "search.score_every=1", "search.lr=3")
     tried = ("search.candidates=3", "search.candidate_steps=2", *moving)

@@ -229,6 +229,7 @@ def test_nan_weights(refused, place):
 # ---------------------------------------------------------------- what is compiled
 
 
+@pytest.mark.slow
 def test_compiled_programs_stay_in_the_run_folder(tmp_path):
     """A second process finds them there; one that is told of another place uses that."""
     program = (
@@ -334,6 +335,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(place, capsys, command):
         assert all(word in printed for word in ("parameters", "search", "distillation", "export"))
 
 
+@pytest.mark.slow
 def test_a_dry_run_needs_no_device(place):
     """Neither one that is there nor one that is not: on a pod's login host, or beside a run."""
     program = "import jax, sys; from e3jax import cli; code = cli.main(sys.argv[1:])"
@@ -391,6 +393,7 @@ def test_options_and_overrides_in_any_order():
     assert sorted(options.overrides) == ["out=y", "search.keep=3", "seed=1"]
 
 
+@pytest.mark.slow
 def test_a_refused_run_can_be_repeated(refused, place, capsys):
     """The folder that a refused run claimed is its own the next time."""
     refused("search.keep=4")

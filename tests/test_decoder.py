@@ -114,6 +114,7 @@ def test_packed_documents_have_the_logits_they_have_alone():
 # ---------------------------------------------------------------- masked = sliced
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     ("dtype", "remat"), [(jnp.float32, "none"), (jnp.float32, "selective"), (jnp.bfloat16, "layer")]
 )
@@ -163,6 +164,7 @@ def test_observe_sees_the_residual_stream_around_every_layer():
 # ---------------------------------------------------------------- sizes and the start
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
@@ -234,6 +236,7 @@ def small_step(params, batch, remat="none"):
 on_one_device = functools.cache(lambda: small_step(hot_params(SMALL), random_batch(0)))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (1, 2, 4), (2, 2, 2)])
 def test_eight_devices_are_one(sizes):
     """Loss and every gradient; (1, 2, 4) replicates the heads, 2 over 4."""
@@ -270,6 +273,7 @@ def test_what_the_model_axis_does_not_divide_is_replicated():
         assert decoder.param_specs(SMALL)["layers"]["q"][1] == "model"
 
 
+@pytest.mark.slow
 def test_init_does_not_depend_on_the_mesh():
     alone = decoder.init_params(jax.random.key(3), SMALL)
     with set_mesh(1, 4, 2):

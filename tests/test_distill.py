@@ -87,6 +87,7 @@ def test_micro_batches_of_unequal_token_counts_add_up_to_the_batch():
     assert_close(split, whole, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_micro_batches_of_one_row(one_device):
     """A reshape of one row must not forget over which axes rows are spread."""
     spec = recipe(microbatch=1)
@@ -98,6 +99,7 @@ def test_micro_batches_of_one_row(one_device):
     assert found[0]["grad_norm"] == pytest.approx(whole[0]["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_mean_of_micro_batch_means_would_be_another_gradient():
     """What the test above would not notice if the rows were too alike."""
     batch = random_batch(1)
@@ -220,6 +222,7 @@ def hidden_gap(params, teacher, batch):
     return jnp.sum(jnp.where(batch.mask, sum(gaps) / len(gaps), 0.0))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("micro", [None, 2])
 def test_the_layers_term_is_that_of_the_formula(micro):
     batch, teacher = random_batch(0), dense_params()

@@ -246,17 +246,19 @@ CASES = {
     "nemotron-unbiased": ("nemotron", {"tie_word_embeddings": True}),
 }
 cases = pytest.mark.parametrize(("family", "changes"), CASES.values(), ids=CASES)
-# One of each kind; the others, which have no other layers than these, are slow tests.
-KIND = {
-    "qwen3_moe-dense-inside", "mixtral-window", "olmoe", "gpt_oss", "glm4_moe", "gemma2",
-    "deepseek_v2-groups", "deepseek_v3", "gemma3_text", "granite", "olmo2", "smollm3-windows",
-    "phi3-long", "glm4", "exaone4", "cohere2", "stablelm-parallel", "nemotron",
-}  # fmt: skip
+# One of each kind, those that differ most first; the others, which have no other layers than these,
+# are slow tests.
+KIND = (
+    "deepseek_v3", "gpt_oss", "gemma3_text", "phi3-long",
+    "qwen3_moe-dense-inside", "mixtral-window", "olmoe", "glm4_moe", "gemma2",
+    "deepseek_v2-groups", "granite", "olmo2", "smollm3-windows",
+    "glm4", "exaone4", "cohere2", "stablelm-parallel", "nemotron",
+)  # fmt: skip
 kinds = pytest.mark.parametrize(
     ("family", "changes"),
     [
-        pytest.param(*case, id=name, marks=[] if name in KIND else [pytest.mark.slow])
-        for name, case in CASES.items()
+        pytest.param(*CASES[name], id=name, marks=[] if name in KIND else [pytest.mark.slow])
+        for name in dict.fromkeys([*KIND, *CASES])
     ],
 )
 
@@ -268,6 +270,7 @@ def test_logits_equal_transformers(tmp_path, family, changes):
     assert_same_logits(our_logits(folder, tokens), torch_logits(folder, tokens))
 
 
+@pytest.mark.cases(4)
 @kinds
 def test_greedy_answers_equal_transformers(tmp_path, family, changes):
     """With the cache, which for latent attention holds what transformers' does not."""
@@ -292,6 +295,7 @@ def cut_of(cfg):
     return [0, *range(2, cfg.num_layers)] if cfg.num_layers > 2 else [1]
 
 
+@pytest.mark.cases(4)
 @kinds
 def test_export_is_loaded_by_transformers(tmp_path, family, changes):
     folder = save_tiny(tmp_path / "whole", family, **changes)
@@ -343,6 +347,7 @@ EXACT = [
 ]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(("name", "dtype"), EXACT)
 def test_masked_model_is_the_sliced_model_bit_for_bit(tmp_path, name, dtype):
     """Across stacks of different kinds, gates and layer numbers alike."""
@@ -362,6 +367,7 @@ def test_masked_model_is_the_sliced_model_bit_for_bit(tmp_path, name, dtype):
         np.testing.assert_array_equal(by_number, sliced)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "gemma3_text-stretched"])
 def test_gradient_of_the_gates(tmp_path, monkeypatch, name):
     """Central differences, in float64, of h + m (Layer(h) - h) around a hard mask; steps are so

@@ -95,6 +95,7 @@ def llama(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("llama"), "llama")
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(("family", "changes"), CASES.values(), ids=CASES)
 def test_answers_are_those_of_transformers(tmp_path, family, changes):
     folder = save_tiny(tmp_path, family, **changes)
@@ -106,6 +107,7 @@ def test_answers_are_those_of_transformers(tmp_path, family, changes):
     assert ours(folder, prompts) == expected
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("case", ["qwen2", "windows"])
 def test_layers_apart_give_the_same_answers(tmp_path, case, monkeypatch):
     """As they are on GPUs, where a stack's weights would be copied for each token."""
@@ -199,6 +201,7 @@ def test_padding_is_on_the_left():
     assert segments.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("sizes", [(1, 4, 2), (2, 2, 2), (1, 2, 4)])
 def test_eight_devices_give_the_same_answers(llama, sizes):
     """4 query heads in 2 groups, vocabulary and mlp over the model axis; the last one replicates

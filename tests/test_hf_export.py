@@ -105,6 +105,7 @@ def left_behind(tmp_path) -> list[str]:
     return sorted(p.name for p in tmp_path.iterdir() if p.name != "source")
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(("family", "changes"), CASES.values(), ids=CASES)
 def test_transformers_loads_the_pruned_model(tmp_path, family, changes):
     folder = source_model(tmp_path, family, **changes)

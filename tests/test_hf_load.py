@@ -61,6 +61,7 @@ CASES = {
 }
 
 
+@pytest.mark.cases(5)
 @pytest.mark.parametrize(("family", "changes"), CASES.values(), ids=CASES)
 def test_logits_equal_transformers(tmp_path, family, changes):
     folder = save_tiny(tmp_path, family, **changes)
@@ -68,6 +69,7 @@ def test_logits_equal_transformers(tmp_path, family, changes):
     assert_same_logits(our_logits(folder, tokens), torch_logits(folder, tokens))
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
 def test_logits_past_the_original_context(tmp_path, rope, family):

@@ -31,6 +31,7 @@ def fitted(cfg, dense, student, keep=KEEP):
     return least_squares.fitted(dense, cfg, keep, student, batches, dtype=jnp.float32)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "name, sizes", [("even", (2, 2, 2)), ("odd", (1, 2, 2)), ("parallel", (1, 1, 1))]
 )
@@ -52,6 +53,7 @@ def test_matrices_that_were_spoilt_are_found_again(name, sizes, monkeypatch):
     assert_bitwise(jax.device_get(found), jax.device_get(student))
 
 
+@pytest.mark.slow
 def test_what_is_not_linear_stays_as_it_is():
     """Behind a norm, and in layers with experts; a dense layer before those is fitted."""
     with set_mesh():

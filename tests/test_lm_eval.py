@@ -43,6 +43,7 @@ TASKS = {
 }
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
 def test_likelihoods_are_those_of_transformers(tmp_path, sizes):
     """Of rows of many lengths and continuations, in the order given."""

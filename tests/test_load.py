@@ -42,6 +42,7 @@ def test_counts_are_those_of_transformers(tmp_path, name):
         np.testing.assert_array_equal(found[number], want)
 
 
+@pytest.mark.slow
 def test_eight_devices_count_what_one_does():
     def counted(sizes):
         with set_mesh(*sizes):

@@ -133,6 +133,7 @@ CASES = {
 }
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("case", CASES)
 def test_chunked_equals_dense(case):
     o, k = CASES[case]
@@ -403,6 +404,7 @@ def test_gradient_of_the_head_does_not_drift_over_chunks():
     assert error(half["head"]) < 6e-3  # its sum rounded once
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("shape", [(1, 4, 2), (2, 4, 1)])
 @pytest.mark.parametrize("k", [0, None, 5])
 def test_sharded_equals_unsharded(shape, k):

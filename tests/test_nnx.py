@@ -32,6 +32,7 @@ def loss(found):
     return jnp.mean(jax.nn.logsumexp(found, axis=-1) - found[..., 1])
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_same_arrays_logits_and_gradients(name, tmp_path):
     family, changes = CASES.get(name, (name, {}))

@@ -198,6 +198,7 @@ def test_behaviour(place):
     assert all(f"**{name}**" in shown for name in ROWS)
 
 
+@pytest.mark.slow
 def test_killed_under_other_settings_it_measures_again(place, copy, monkeypatch):
     """What is half there of drawn answers is not taken for the greedy ones of the row before."""
     serve, folder = exact.serve, copy / "evaluate"
@@ -343,6 +344,7 @@ def test_a_model_too_large_for_the_host_is_not_checked(copy, place, monkeypatch,
     assert "against transformers" not in told(caplog)
 
 
+@pytest.mark.slow
 def test_an_export_killed_before_its_name_is_made_again(copy, place):
     """What is there under the final name is whole; so a run goes on from any moment."""
     (copy / "export").rename(copy / ".export.partial-00000000")
@@ -354,6 +356,7 @@ def test_an_export_killed_before_its_name_is_made_again(copy, place):
 # ---------------------------------------------------------------- other ways through
 
 
+@pytest.mark.slow
 def test_distillation_from_a_teacher_cache(copy, place, monkeypatch, caplog):
     """The student is trained from the stored teacher, written once and used by the baseline too;
     meanwhile the dense model is nowhere."""
@@ -395,6 +398,7 @@ def test_distillation_from_a_teacher_cache(copy, place, monkeypatch, caplog):
     assert [x["loss"] for x in steps_and_figures(copy)[0]] == [x["loss"] for x in train]
 
 
+@pytest.mark.slow
 def test_train_from_a_checkpoint_and_from_scratch(place, tmp_path, caplog, capsys):
     caplog.set_level(logging.INFO)
     steps = "train.recipe={steps: 2, batch: 8}"  # and the rest is plain training's
@@ -435,6 +439,7 @@ def assert_drawn(path):
     assert len(np.unique((inner * 255).round(), axis=0)) > 6
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("layers", [2, 12, 80])
 def test_heat_map_of_any_depth(tmp_path, layers):
     probability = np.random.default_rng(0).random((4, layers))

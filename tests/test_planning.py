@@ -157,6 +157,7 @@ def test_search_flops_are_xlas():
 # ---------------------------------------------------------------- memory
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("teacher", ["online", pytest.param("cache", marks=pytest.mark.slow)])
 def test_parts_add_up_and_the_estimate_is_near(teacher):
     """h100:8 is stood for by the eight CPU devices of the tests."""

@@ -168,6 +168,7 @@ def same_results(ours, theirs):
         np.testing.assert_allclose(one["kl"], other["kl"], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_do_the_job_of_one(place, single):
     out = place / "two"
     run(place, 2, "run", f"out={out}")
@@ -325,6 +326,7 @@ while True:
 """
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     ("what", "code"),
     [("alone", signal.SIGKILL), ("alone", signal.SIGSTOP), ("together", signal.SIGSTOP)],
@@ -469,6 +471,7 @@ with jax.set_mesh(mesh.make_mesh()):
 """
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("whose", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_a_save_that_fails_in_one_process(place, whose):
     """That one says why, and no other waits for it: Orbax's threads would, for ever."""
@@ -600,6 +603,7 @@ def test_processes_with_another_configuration_are_told(place):
     assert any("the configuration: process 1 has another one" in said(place, n) for n in range(2))
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_share_the_folder_are_told(place):
     """What each process sees under `out` is another folder, as on hosts with disks of their own."""
     arguments = ("search", "--config", str(place / "tiny.yaml"))

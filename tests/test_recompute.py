@@ -60,6 +60,7 @@ def outcome(stage: str, remat: str):
     return compiled(argument), memory, count_dots(traced.jaxpr.jaxpr)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("stage", ["student", "search"])
 def test_same_result_for_less_memory_and_more_work(stage):
     results, memory, flops = zip(*(outcome(stage, remat) for remat in CHOICES))

@@ -47,6 +47,7 @@ def kept(measured):
     return gumbel.answer(measured.theta, **FIXED).tobytes()
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("seed", range(5))
 def test_the_best_of_all_is_found(seed):
     """Of 35 answers, each of which is scored on some batches at most."""

@@ -95,6 +95,7 @@ def test_each_command_rehearses_what_it_does(configuration, tmp_path, played):
     assert played == [("recovery", 1), ("recovery", 3)]
 
 
+@pytest.mark.slow
 def test_what_fails_in_small_is_not_begun(configuration, tmp_path, played, monkeypatch, capsys):
     """A full device or a folder that cannot be written would stop the run hours later."""
 

@@ -167,6 +167,7 @@ def test_checkpoints_of_another_configuration(configuration, whole, capsys):
     assert "optimizer.lr: 0.01 -> 0.5" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_exits_with_1_and_a_message(configuration, whole):
     out, _ = whole
     overrides = (f"distill.mask={out}/search/mask.json", f"out={out}-diverged")

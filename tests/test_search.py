@@ -87,6 +87,7 @@ def row_losses(params, batch, keep_bl, kind):
     return sums
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("kind", ["kl", "ce"])
 def test_score_step_is_the_log_loss_of_sliced_models(kind):
     spec, batch, params = make_spec(loss=kind), random_batch(0), params_once()
@@ -122,6 +123,7 @@ def multiplied(params, batch, m_bl):
     return decoder.rms_norm(h, params["final_norm"], CFG.norm_eps)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("masks", [1, 3])
 def test_the_dense_model_may_start_at_a_layer_of_each_row(masks, monkeypatch):
     spec = make_spec(estimator="mixed", masks_per_window=masks)
@@ -134,6 +136,7 @@ def test_the_dense_model_may_start_at_a_layer_of_each_row(masks, monkeypatch):
     assert metrics == pytest.approx(want_metrics, rel=1e-4)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("relaxation,masks", [("threshold", "row"), ("khot", "batch")])
 def test_straight_through_step_is_the_gradient_of_multiplied_gates(relaxation, masks):
     """Normalised, the first gradient is a sign; its size is in the running scale."""
@@ -186,6 +189,7 @@ def test_no_weight_has_a_gradient():
     assert not weights & set(scan_outputs(step.jaxpr))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("masks", [2, 3])
 def test_masks_of_a_window_are_compared_with_each_other(masks):
     """Rows of their own, window by window, of which the dense model runs once; the baseline of a
@@ -220,6 +224,7 @@ def test_masks_of_a_window_are_rows_to_straight_through():
     assert metrics == pytest.approx({k: float(v) for k, v in want_metrics.items()}, rel=1e-5)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "estimator,masks,micro", [("mixed", 1, 1), ("mixed", 3, 4), ("score", 3, 2)]
 )

@@ -201,6 +201,7 @@ def test_sleb_has_to_leave_both_ends(six):
     assert len(greedy_kl(calibration, Task(6, keep=1)).order) == 5
 
 
+@pytest.mark.slow
 def test_eight_devices_give_what_one_does(six):
     calibration, task = calibrate(six, rows(six[2], count=8), chunk=16), Task(6, keep=3)
     run = lambda: [selector(calibration, task) for selector in ALL]

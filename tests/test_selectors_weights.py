@@ -63,6 +63,7 @@ def test_magnitude(tiny):
     assert (found.tokens, found.teacher_tokens) == (0, 0)
 
 
+@pytest.mark.cases(1)
 def test_taylor_is_that_of_autograd(tiny):
     """Over documents whose gradients cancel in part, however they come."""
     model, params, cfg = tiny
@@ -115,6 +116,7 @@ def test_protected_and_forced_layers(tiny):
         assert rule(calibration, task).order == (last, second)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_scores_of_one():
     """With a mesh axis that does not divide every size."""
     cfg, task = MODELS["odd"], Task(4, 2)

@@ -110,6 +110,7 @@ search_is_the_same = same_as_one_device(search_step, check_search)
 1x4x2 even straight-through
 1x2x4 sparse mixed
 """)
+@pytest.mark.cases(1)
 def test_search_step(sizes, name, case):
     search_is_the_same(sizes, name, case)
 
@@ -141,6 +142,7 @@ def scores(name):
 scores_are_the_same = same_as_one_device(scores, close)
 
 
+@pytest.mark.cases(1)
 @EVERY_MESH
 def test_held_out_figures_importance_and_influence(sizes, name):
     scores_are_the_same(sizes, name)
@@ -209,6 +211,7 @@ train_is_the_same = same_as_one_device(train_step, check_train)
 2x2x2 odd plain
 2x2x2 sparse online *
 """)
+@pytest.mark.cases(2)
 def test_train_step(sizes, name, case):
     train_is_the_same(sizes, name, case)
 
@@ -247,5 +250,6 @@ answers_are_the_same = same_as_one_device(answers, check_answers)
 1x2x4 odd-norms *
 1x4x2 parallel
 """)
+@pytest.mark.cases(1)
 def test_greedy_answers(sizes, name):
     answers_are_the_same(sizes, name)

@@ -70,6 +70,7 @@ def start():
     return distill.init_state(placed("odd"), OPTIMIZER, 2.0)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("sizes", [*MESHES, (1, 1, 1)], ids=str)
 def test_restore_onto_another_mesh(saved, sizes):
     """By the abstract state, which is that of a fresh one: so the step compiles once for both."""

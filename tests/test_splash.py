@@ -38,6 +38,7 @@ CASES = [  # T, K, G, H, window, greatest block, soft cap, whether there are sin
 NAMES = "time", "kv_heads", "groups", "width", "window", "block", "cap", "sinks"
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(NAMES, CASES)
 def test_kernel_is_dense_attention(
     time, kv_heads, groups, width, window, block, cap, sinks, monkeypatch
@@ -110,6 +111,7 @@ def test_heads_that_do_not_divide_the_mesh_are_replicated():
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_model_with_the_kernel_on_a_mesh(monkeypatch):
     """Gates, windows and statistics; loss and every gradient."""
     rows, time, rng = 4, 128, np.random.default_rng(0)
@@ -198,6 +200,7 @@ def squares(text):
     return re.findall(rf"\w+\[(?:\d+,)*{LONG},{LONG}(?:,\d+)*\]", text)
 
 
+@pytest.mark.slow
 def test_compiles_for_v5p_with_two_kinds_of_windows(tpu_mesh):
     with jax.set_mesh(tpu_mesh("v5p:2x2x1")):
         assert devices.platform() == "tpu" and jax.default_backend() == "cpu"
@@ -218,6 +221,7 @@ def test_compiles_for_v6e(tpu_mesh, monkeypatch):
     assert not squares(text) and squares(dense)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("rows", [2, pytest.param(8, marks=pytest.mark.slow)])  # of two devices
 def test_decoding_compiles_for_v5p(tpu_mesh, rows):
     """The prompt by the kernel, what follows from the cache, of which nothing is a copy."""

@@ -177,6 +177,7 @@ def lines(folder):
     return (folder / "metrics.jsonl").read_text().splitlines()
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("every", [3, 4, 5])
 @pytest.mark.parametrize("last", [1, 4, 5, 9, 11])
 def test_cut_short_and_begun_again_is_the_same_run(tmp_path, one_device, last, every):
@@ -288,6 +289,7 @@ def torn(path, how):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if how == "cut" else b"")
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("how", ["delete", "cut", "empty"])
 @pytest.mark.parametrize(
     "what", ["_METADATA", "manifest.ocdbt", "d/*", "ocdbt.process_0/d/*", "**/*"]
@@ -419,6 +421,7 @@ def stage_fit(folder, make, last=STEPS, again=False):
     return jax.device_get(state), jitted
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("make", [make_search, make_distill])
 def test_six_steps_are_three_and_a_restart_and_three(tmp_path, make):
     """Bitwise on the same device; on other meshes within the rounding of float32 sums."""
