@@ -2,7 +2,7 @@
 
 import collections
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -98,10 +98,12 @@ def ordered_batches(
 
 def prefetch(
     fn: Callable[[int], T], start: int, stop: int, depth: int = 2
-) -> Iterator[tuple[int, T]]:
+) -> Generator[tuple[int, T], None, None]:
     """Yield (step, fn(step)) for start <= step < stop, computed up to `depth` ahead in a thread.
 
-    An exception of `fn` is raised at its step; closing the generator ends the thread.
+    An exception of `fn` is raised at its step; closing the generator ends the thread. One that is
+    not exhausted must be closed: the garbage collector would wait for the thread wherever it
+    happens to run, be it with the lock that a thread needs to end.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:

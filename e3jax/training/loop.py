@@ -104,7 +104,8 @@ def fit(
 
         if due:
             state, _ = measure(start, state)
-        ahead = _Waited(prefetch(batches, start, steps))
+        stream = stack.enter_context(contextlib.closing(prefetch(batches, start, steps)))
+        ahead = _Waited(stream)
         for step, batch in ahead:
             with notice.released() if step == start else contextlib.nullcontext():  # it compiles
                 state, out = step_fn(state, mesh.shard_batch(batch))
