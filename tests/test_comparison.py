@@ -74,6 +74,7 @@ def compare(place, *overrides):
     return cli.main(["compare", "--config", str(place / "run.yaml"), *settings, *overrides])
 
 
+@pytest.mark.slow
 def test_all_are_compared_at_equal_cost(place):
     results = json.loads((place / "out" / "compare.json").read_text())
     assert [(r["seed"], r["selector"]) for r in results] == [(s, n) for s in (3, 4) for n in CHOSEN]
@@ -89,6 +90,7 @@ def test_all_are_compared_at_equal_cost(place):
     assert (place / "out" / "plots" / "compare.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_equal_choices_share_their_recovery(place):
     """Minitron's sums of means order these layers as ShortGPT's means do."""
     results = json.loads((place / "out" / "compare.json").read_text())
@@ -98,6 +100,7 @@ def test_equal_choices_share_their_recovery(place):
         assert len(list(here.glob("without-*"))) == len(sets)
 
 
+@pytest.mark.slow
 def test_page_has_the_figures_and_the_layers(place):
     """As compare.json and the files of the windows have them."""
     out = place / "out"
@@ -129,6 +132,7 @@ def test_page_has_the_figures_and_the_layers(place):
     assert labels == [f"layers removed: {', '.join(map(str, x))}" for x in by_selector]
 
 
+@pytest.mark.slow
 def test_what_each_choice_took_is_on_the_ledger(place):
     lines = files.read_lines(place / "out" / files.LEDGER)
     stages = collections.Counter(line["stage"] for line in lines)
@@ -137,6 +141,7 @@ def test_what_each_choice_took_is_on_the_ledger(place):
     assert stages == of_each | {"rehearsal": 1, "distill": choices, "evaluate": 1 + 2 * choices}
 
 
+@pytest.mark.slow
 def test_commands_on_the_page_are_understood(place):
     found = words.commands(facts.read(place / "out"))
     assert len(found) == 3
@@ -146,6 +151,7 @@ def test_commands_on_the_page_are_understood(place):
             assert configure.load_run(options.config, options.overrides).out.startswith("runs/")
 
 
+@pytest.mark.slow
 def test_given_again_nothing_is_done_again(place, monkeypatch, capsys):
     before = (place / "out" / "compare.json").read_bytes()
 
@@ -163,6 +169,7 @@ def test_given_again_nothing_is_done_again(place, monkeypatch, capsys):
     assert "laco" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bad_settings_are_told(place, capsys):
     for override, said in (
         ("compare.selectors=[e3, e3]", "twice"),

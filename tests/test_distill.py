@@ -117,6 +117,7 @@ def test_the_mean_of_micro_batch_means_would_be_another_gradient():
     assert max(jax.tree.leaves(gap)) > 1e-3
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_steps_of_one(single):
     """Float32 sums in another order: metrics to 1e-4 relative, weights to 1e-5 after three steps
     at a learning rate of 1e-2. test_sharded.py takes a step on each mesh."""

@@ -107,7 +107,7 @@ def test_answers_are_those_of_transformers(tmp_path, family, changes):
     assert ours(folder, prompts) == expected
 
 
-@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["qwen2", "windows"])
 def test_layers_apart_give_the_same_answers(tmp_path, case, monkeypatch):
     """As they are on GPUs, where a stack's weights would be copied for each token."""
@@ -187,6 +187,7 @@ def test_max_new_tokens(llama, new):
     assert ours(llama, prompts, new=new) == [answer[:new] for answer in ours(llama, prompts)]
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_batch(llama):
     prompts = random_prompts()
     together = ours(llama, prompts)
@@ -201,7 +202,7 @@ def test_padding_is_on_the_left():
     assert segments.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
 
 
-@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1, 4, 2), (2, 2, 2), (1, 2, 4)])
 def test_eight_devices_give_the_same_answers(llama, sizes):
     """4 query heads in 2 groups, vocabulary and mlp over the model axis; the last one replicates

@@ -282,6 +282,7 @@ def test_nothing_competes(kind):
     np.testing.assert_array_equal(score_gradient(theta, d, jnp.ones(4)), 0)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [1e4, 1e8])
 def test_finite_at_extreme_theta(kind, scale):

@@ -157,7 +157,7 @@ def test_search_flops_are_xlas():
 # ---------------------------------------------------------------- memory
 
 
-@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["online", pytest.param("cache", marks=pytest.mark.slow)])
 def test_parts_add_up_and_the_estimate_is_near(teacher):
     """h100:8 is stood for by the eight CPU devices of the tests."""
@@ -314,6 +314,7 @@ def architecture(run, request):
     return families.read_config(request.getfixturevalue("shared") / "models" / run.model.path)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configurations_type_check_on_256_devices(path, request):
     run = configure.load_run(path)
@@ -405,6 +406,7 @@ def write_model(folder, cfg=CFG):
     return folder
 
 
+@pytest.mark.slow
 def test_command(tmp_path, capsys, monkeypatch):
     """A folder that holds only config.json, on eight GPUs; a run may use the same folder later."""
     monkeypatch.setattr(ranking, "COMPILED", 1)  # for time

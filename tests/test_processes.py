@@ -326,7 +326,7 @@ while True:
 """
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("what", "code"),
     [("alone", signal.SIGKILL), ("alone", signal.SIGSTOP), ("together", signal.SIGSTOP)],
@@ -471,7 +471,7 @@ with jax.set_mesh(mesh.make_mesh()):
 """
 
 
-@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("whose", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_a_save_that_fails_in_one_process(place, whose):
     """That one says why, and no other waits for it: Orbax's threads would, for ever."""

@@ -143,6 +143,7 @@ def test_nothing_compiles_twice(whole):
     assert sorted(compiled) == ["step", "step", "sums", "sums"]
 
 
+@pytest.mark.slow
 def test_a_finished_stage_takes_no_step(configuration, whole, monkeypatch, capsys):
     out, _ = whole
     files = {path for path in out.rglob("*.json*") if path.name != LEDGER}  # that tells of time
@@ -161,6 +162,7 @@ def test_a_finished_stage_takes_no_step(configuration, whole, monkeypatch, capsy
     assert cli.main(["distill", "--config", str(configuration), "distill.microbatch=2"]) == 0
 
 
+@pytest.mark.slow
 def test_checkpoints_of_another_configuration(configuration, whole, capsys):
     code = cli.main(["distill", "--config", str(configuration), "distill.optimizer.lr=0.5"])
     assert code == 2

@@ -168,6 +168,7 @@ def test_a_request_gets_the_same_alone_and_in_company(llama):
     assert served(llama, requests[::-1], 3) == alone[::-1]
 
 
+@pytest.mark.slow
 def test_devices_draw_the_same(llama):
     requests = mixed_requests()
     expected = served(llama, requests, 3)

@@ -123,7 +123,7 @@ def multiplied(params, batch, m_bl):
     return decoder.rms_norm(h, params["final_norm"], CFG.norm_eps)
 
 
-@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("masks", [1, 3])
 def test_the_dense_model_may_start_at_a_layer_of_each_row(masks, monkeypatch):
     spec = make_spec(estimator="mixed", masks_per_window=masks)
@@ -212,6 +212,7 @@ def test_masks_of_a_window_are_compared_with_each_other(masks):
     assert metrics["tokens"] == state.tokens == masks * np.sum(batch.segments > 0)
 
 
+@pytest.mark.slow
 def test_masks_of_a_window_are_rows_to_straight_through():
     """The step of a batch in which each window stands twice."""
     spec = make_spec(estimator="straight_through", masks_per_window=2)

@@ -142,7 +142,7 @@ def scores(name):
 scores_are_the_same = same_as_one_device(scores, close)
 
 
-@pytest.mark.cases(1)
+@pytest.mark.slow
 @EVERY_MESH
 def test_held_out_figures_importance_and_influence(sizes, name):
     scores_are_the_same(sizes, name)
@@ -211,7 +211,7 @@ train_is_the_same = same_as_one_device(train_step, check_train)
 2x2x2 odd plain
 2x2x2 sparse online *
 """)
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 def test_train_step(sizes, name, case):
     train_is_the_same(sizes, name, case)
 

@@ -221,7 +221,7 @@ def test_compiles_for_v6e(tpu_mesh, monkeypatch):
     assert not squares(text) and squares(dense)
 
 
-@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [2, pytest.param(8, marks=pytest.mark.slow)])  # of two devices
 def test_decoding_compiles_for_v5p(tpu_mesh, rows):
     """The prompt by the kernel, what follows from the cache, of which nothing is a copy."""

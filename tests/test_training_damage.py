@@ -87,6 +87,7 @@ print((most() - before) / 1024)
 """
 
 
+@pytest.mark.slow
 def test_a_save_holds_a_bounded_part_of_the_host(tmp_path):
     """MiB beside a state of 256 MiB: it used to be another 256. An array above the bound is saved
     too."""
