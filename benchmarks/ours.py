@@ -127,7 +127,7 @@ def distil_arm(options, arm, dense, rows, stack):
         state = distill.init_state(start, optimizer, 11.0)
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         windows = random_windows(4 * rows, options.documents)
-        return take, state, stored_batches(windows, rows, recipe.top_k, folder), "kl"
+        return take, state, stored_batches(windows, rows, recipe.top_k, folder, stack), "kl"
     windows = random_windows(rows, options.documents)
     check_ours(start, student, params, dense, whole_batch(windows, arm.data, time=256))
     state = distill.init_state(start, optimizer, 11.0)
@@ -147,9 +147,9 @@ def whole_batch(windows, rows, time=ROW):
     return mesh.shard_batch(jax.tree.map(lambda x: x[:, :time], batch))
 
 
-def stored_batches(windows, rows, k, folder):
+def stored_batches(windows, rows, k, folder, stack):
     """A step's arguments without a teacher's parameters: batches, and a random teacher's top k read
-    from a cache in `folder`, ahead of the step as a stage does."""
+    from a cache in `folder`, ahead of the step as a stage does, while `stack` is open."""
     rng, facts = np.random.default_rng(1), (windows, k, 1.0, "random")
     cache = TeacherCache.create(folder, *facts)
     for index in np.arange(len(windows)).reshape(-1, rows):
@@ -164,7 +164,8 @@ def stored_batches(windows, rows, k, folder):
         arrays = gather(windows, (step * rows + np.arange(rows)) % len(windows))
         return to_batch(arrays, windows), read_rows(cache, arrays["index"])
 
-    return ((None, *mesh.shard_batch(arrays)) for _, arrays in prefetch(read, 0, 1000))
+    ahead = stack.enter_context(contextlib.closing(prefetch(read, 0, 1000)))
+    return ((None, *mesh.shard_batch(arrays)) for _, arrays in ahead)
 
 
 def check_ours(student, cfg, teacher, dense, few) -> None:

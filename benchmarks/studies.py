@@ -1,4 +1,4 @@
-"""The studies of docs/results.md on the GPUs of one host, several at a time.
+"""The studies of docs/results.md that want a GPU, on those of one host, several at a time.
 
     python benchmarks/studies.py --folder /tmp/studies --model PATH/chain-math-24l \
         --data PATH/chain-math --texts PATH/wikitext-2/valid.txt PATH/tinystories/sample.txt

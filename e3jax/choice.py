@@ -42,7 +42,7 @@ def search_mask(job_: Job) -> Mask:
     keep = search.resolve_keep(spec.keep, cfg.num_layers)
     protect, force = search.fixed_layers(spec, cfg.num_layers)
     fixed = {"keep": keep, "protect_l": protect, "force_l": force}
-    decides = dataclasses.asdict(spec)  # the steps' outcome; the rest what is made of it
+    decides = dataclasses.asdict(spec)  # of the steps; what ends the search is apart
     trials = {key: decides.pop(key) for key in ("candidates", "candidate_steps")}
     refined = {key: decides.pop(key) for key in ("refine", "refine_windows")}
     for key in ("target", "checkpoint_every", "microbatch", "start"):

@@ -339,16 +339,9 @@ KINDS = {
 }
 
 
-slow = pytest.mark.slow  # all kinds in both dtypes; without, each in one of them
-EXACT = [
-    pytest.param(name, dtype, id=f"{name}-{dtype}", marks=[] if (n + m) % 2 else [slow])
-    for n, name in enumerate(KINDS)
-    for m, dtype in enumerate(("float32", "bfloat16"))
-]
-
-
 @pytest.mark.cases(1)
-@pytest.mark.parametrize(("name", "dtype"), EXACT)
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("name", KINDS)
 def test_masked_model_is_the_sliced_model_bit_for_bit(tmp_path, name, dtype):
     """Across stacks of different kinds, gates and layer numbers alike."""
     family, changes = CASES[name]

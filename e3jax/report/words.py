@@ -137,7 +137,7 @@ def _best(run: Facts, comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def _cut(run: Facts, mask: str) -> str:
-    path = shlex.quote(str(run.configuration.get("model", {}).get("path")))
+    path = shlex.quote(model(run))
     return f"python run.py export --from-mask {mask} model.path={path} out=runs/cut"
 
 
