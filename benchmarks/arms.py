@@ -29,9 +29,11 @@ def depth(shapes: str, layers: int | None) -> int:
     return layers or SHAPES[shapes][0]
 
 
-def kept(count: int) -> list[int]:
-    """The student's layers of so many: every fourth is removed."""
-    return [i for i in range(count) if i % 4 != 2]
+def kept(count: int, first: int = 0) -> list[int]:
+    """The student's layers of so many: a quarter is removed, evenly, none of the first ones."""
+    removed = count // 4
+    apart = (count - first) / removed
+    return sorted({*range(count)} - {first + int((i + 0.5) * apart) for i in range(removed)})
 
 
 def model_config(shapes: str, layers: int | None = None):

@@ -19,6 +19,7 @@ from e3jax.data.batches import gather, prefetch
 from e3jax.data.teacher import TeacherCache, open_cache
 from e3jax.data.windows import Windows
 from e3jax.distill import distill, losses
+from e3jax.distill.frozen import frozen_layers, trained
 from e3jax.job import to_batch
 from e3jax.models import decoder
 from e3jax.search import search
@@ -28,13 +29,14 @@ from e3jax.training.optim import make_optimizer
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """MICROBATCH:REMAT, and what is said of masksM, firstL, hidden, cache, dataN and modelN."""
+    """MICROBATCH:REMAT, and masksM, firstL, hidden, freeze, cache, dataN, modelN where given."""
 
     micro: int = 8  # windows a forward pass
     remat: str = "layer"
     masks: int = 1  # a window
     first: int = 0  # no mask removes a layer before this one
     hidden: bool = False  # the layers' term
+    freeze: bool = False  # what comes before the first layer removed is not trained
     cache: bool = False  # the teacher's top 10 from a cache on this disk, read ahead
     data: int = 1  # the mesh
     model: int = 1
@@ -103,7 +105,8 @@ def search_arm(options, arm, dense, rows, stack):
 
 def distil_arm(options, arm, dense, rows, stack):
     """The same; a cached teacher's parameters are not there when the step is measured."""
-    keep = kept(dense.num_layers)
+    keep = kept(dense.num_layers, arm.first)
+    frozen = frozen_layers(keep) if arm.freeze else 0
     recipe = config.Distill(
         steps=100, batch=rows, microbatch=min(arm.micro, rows), chunk=options.chunk,
         optimizer=config.Optimizer(lr=LR), teacher="cache" if arm.cache else "online",
@@ -117,6 +120,7 @@ def distil_arm(options, arm, dense, rows, stack):
         optimizer,
         teacher_cfg=dense,
         keep=keep,
+        frozen=frozen,
         dtype=jnp.bfloat16,
         remat=arm.remat,
     )
@@ -130,7 +134,7 @@ def distil_arm(options, arm, dense, rows, stack):
         return take, state, stored_batches(windows, rows, recipe.top_k, folder, stack), "kl"
     windows = random_windows(rows, options.documents)
     check_ours(start, student, params, dense, whole_batch(windows, arm.data, time=256))
-    state = distill.init_state(start, optimizer, 11.0)
+    state = distill.init_state(trained(start, student, frozen), optimizer, 11.0)
     return take, state, itertools.repeat((params, whole_batch(windows, rows), None)), "kl"
 
 

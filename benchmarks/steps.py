@@ -10,7 +10,8 @@ timed. Share: of a bfloat16 product of 8192 x 8192 matrices in the same run, wit
 model needs, none that is repeated: one forward pass is 1, causal attention a half of the square; a
 distillation is the teacher's pass and three of the student's, a search three of the dense model's,
 of which one is shared by M rows where M masks are drawn for a window (`masksM`); it is counted
-whole, though ours runs only from the first layer that a mask removes (`firstL`: none before L).
+whole, though ours runs only from the first layer that a mask removes (`firstL`: none before L),
+and a distillation that leaves what comes before the first layer removed as it is (`freeze`).
 On a mesh of several GPUs (`dataN`, `modelN`) the share is of as many, and GiB are of the GPU that
 has most. PyTorch arms need torch and transformers, those with Liger liger-kernel; ours need JAX for
 CUDA.
@@ -60,7 +61,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--arms",
         nargs="+",
-        help="ours: e3jax:MICROBATCH:REMAT[:masksM][:firstL][:hidden][:cache][:dataN][:modelN]",
+        help="ours: e3jax:MICROBATCH:REMAT[:masksM][:firstL][:hidden][:freeze][:cache][:dataN]"
+        "[:modelN]",
     )
     parser.add_argument("--documents", type=int, default=1, help="in each of our rows")
     parser.add_argument("--chunk", type=int, default=4096, help="tokens whose logits exist")
@@ -128,6 +130,7 @@ def matmul_rate() -> float:
 ARMS = {
     "distil": (
         "e3jax:8:elementwise",
+        "e3jax:8:elementwise:first8:freeze",
         "e3jax:4:elementwise",
         "e3jax:4:selective",
         "torch:liger:fused",

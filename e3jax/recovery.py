@@ -12,6 +12,7 @@ from typing import Any
 from e3jax import config, files, job, mesh, teaching
 from e3jax.data.windows import Windows
 from e3jax.distill import distill
+from e3jax.distill import frozen as freezing
 from e3jax.distill.least_squares import fitted
 from e3jax.errors import UserError
 from e3jax.evaluate.figures import make_figures
@@ -46,6 +47,10 @@ def recover(
     run, recipe = job_.run, job_.run.distill
     stored = teaching.stored_teacher(job_) if recipe.teacher == "cache" else None
     name = "distill" if folder is None else folder.name
+    student_cfg = job_.cfg.take_layers(mask.keep)
+    frozen = freezing.frozen_layers(mask.keep) if recipe.freeze else 0
+    if recipe.freeze:
+        log.info("%s: %d of %d layers stay as they are", name, frozen, len(mask.keep))
 
     def entropy() -> float:
         if stored is not None:
@@ -78,13 +83,13 @@ def recover(
             params = fitted(job_.params, job_.cfg, mask.keep, params, batches, dtype=job_.dtype)
         if stored is not None:
             job_.release()
-        return params
+        return freezing.trained(params, student_cfg, frozen)
 
-    return train_student(
+    own = train_student(
         name,
         run,
         recipe,
-        cfg=job_.cfg.take_layers(mask.keep),
+        cfg=student_cfg,
         make_params=start,
         teacher=(lambda: job_.params, job_.cfg) if stored is None else None,
         train=job_.train,
@@ -92,9 +97,11 @@ def recover(
         keep=mask.keep,
         inputs=job_.inputs(keep=mask.keep, **({"merges": mask.merges} if mask.merges else {})),
         folder=folder,
+        frozen=frozen,
         mean_entropy=mean_entropy,
         stored=stored,
     )
+    return freezing.whole(own, job_.params, job_.cfg, frozen) if frozen else own
 
 
 def train_student(
@@ -110,14 +117,16 @@ def train_student(
     inputs: dict[str, Any],
     folder: pathlib.Path | None,
     keep: Sequence[int] | None = None,
+    frozen: int = 0,
     mean_entropy: float = 1.0,
     stored: teaching.Stored | None = None,
 ) -> Params:
     """Trains parameters by a recipe and returns them in float32. The teacher, if any, is frozen.
 
     make_params: those to begin with, in any dtype; on a restart nobody asks for them. Those of the
-      teacher are asked for at the first step. keep: its layers that the student has. stored: the
-      teacher instead, for `teacher: cache`.
+      teacher are asked for at the first step. keep: its layers that the student has. frozen: the
+      first so many of them are not trained, and not among the parameters. stored: the teacher
+      instead, for `teacher: cache`.
     Held-out figures are KL and agreement with the teacher, and perplexity.
     """
     if recipe.batch % recipe.together:
@@ -126,27 +135,29 @@ def train_student(
         )
     dtype = job.DTYPES[run.model.dtype]
     optimizer = make_optimizer(recipe.optimizer, recipe.steps)
-    frozen, teacher_cfg = teacher if teacher is not None else (None, None)  # called: parameters
+    dense, teacher_cfg = teacher if teacher is not None else (None, None)  # called: parameters
     take_step = distill.make_train_step(
         cfg,
         recipe,
         optimizer,
         teacher_cfg=teacher_cfg,
         keep=keep,
+        frozen=frozen,
         dtype=dtype,
         remat=run.model.remat,
     )
-    taught = frozen is not None or stored is not None
+    taught = dense is not None or stored is not None
     figures = make_figures(
         teacher_cfg or cfg,
         cfg,
         dtype=dtype,
         chunk=recipe.chunk,
         temperature=1.0 if stored is None else recipe.temperature,
+        frozen=frozen,
     )
 
     def step(state: distill.TrainState, arrays: Any) -> tuple[distill.TrainState, dict]:
-        online = frozen() if frozen and recipe.teacher == "online" else None
+        online = dense() if dense and recipe.teacher == "online" else None
         return take_step(state, online, job.to_batch(arrays, train), arrays.get("stored"))
 
     def measured() -> Iterator[Any]:
@@ -156,7 +167,7 @@ def train_student(
             yield job.to_batch(arrays, held_out), known
 
     def evaluate(_: int, state: distill.TrainState) -> tuple[distill.TrainState, dict]:
-        found = figures(frozen() if frozen else None, state.params, measured())
+        found = figures(dense() if dense else None, state.params, measured())
         values = {"held_out_perplexity": found.perplexity}
         if taught:
             values |= {"held_out_kl": found.kl, "held_out_agreement": found.agreement}
@@ -171,14 +182,14 @@ def train_student(
         return arrays
 
     decides = dataclasses.asdict(recipe)
-    for key in (*NO_RESULT, *(key for key in ("hidden", "fit") if not decides[key])):
+    for key in (*NO_RESULT, *(key for key in ("hidden", "fit", "freeze") if not decides[key])):
         del decides[key]
     state = fit(
         name,
         step,
         lambda: distill.init_state(make_params(), optimizer, mean_entropy),
         batches,
-        like=distill.abstract_state(cfg, optimizer),
+        like=distill.abstract_state(cfg, optimizer, frozen),
         steps=recipe.steps,
         folder=folder,
         inputs=files.plain_tree(inputs | {"recipe": decides, "train": train.fingerprint}),

@@ -55,6 +55,11 @@ class Distill:
     fit: int = Field(
         default=0, ge=0, description="windows that mlps are fitted to by least squares at first"
     )
+    freeze: bool = Field(
+        default=False,
+        description="leave what comes before the first layer removed, and the embeddings, as it is:"
+        " computed once for both models",
+    )
     temperature: float = Field(default=1.0, gt=0, description="T; the loss carries T**2")
     ce: float = Field(
         default=0.0, ge=0, le=1, description="share of the loss that is next-token cross-entropy"
@@ -84,10 +89,10 @@ class Distill:
             raise ValueError(
                 f"divergence={self.divergence} with a cached teacher needs tail=bucket"
             )
-        if self.hidden and self.teacher != "online":
+        if (self.hidden or self.freeze) and self.teacher != "online":
+            said = f"hidden={self.hidden:g}" if self.hidden else "freeze=true"
             raise ValueError(
-                f"hidden={self.hidden:g} needs the teacher's layers: teacher=online, not "
-                f"{self.teacher}"
+                f"{said} needs the teacher's layers: teacher=online, not {self.teacher}"
             )
         return self
 

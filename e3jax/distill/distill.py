@@ -1,8 +1,8 @@
 """Stage 2: entropy-aware distillation of the pruned model, and plain training by the same step.
 
-The student is the surviving layers, embeddings, last norm and head, all trained: float32 master
-weights and moments, compute in `dtype`. The teacher is the dense model (online), its stored top-k
-(cache), or nobody (next-token cross-entropy).
+The student is the surviving layers, embeddings, last norm and head, all trained, or what comes after
+the cut alone (frozen.py): float32 master weights and moments, compute in `dtype`. The teacher is the
+dense model (online), its stored top-k (cache), or nobody (next-token cross-entropy).
 """
 
 import functools
@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from e3jax import config, mesh
+from e3jax.distill import frozen as freezing
 from e3jax.distill import losses
 from e3jax.models import decoder, recompute
 from e3jax.models.config import ModelConfig
@@ -49,9 +50,13 @@ def init_state(
     )
 
 
-def abstract_state(cfg: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract_state(
+    cfg: ModelConfig, optimizer: optax.GradientTransformation, frozen: int = 0
+) -> TrainState:
     """ShapeDtypeStructs of `init_state`, with their shardings: nothing is allocated."""
-    params = decoder.abstract_params(cfg)
+    params = decoder.abstract_params(freezing.trained_config(cfg, frozen))
+    if frozen:
+        del params["embed"]
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     count = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(
@@ -71,6 +76,7 @@ def make_train_step(
     *,
     teacher_cfg: ModelConfig | None,
     keep: Sequence[int] | None = None,
+    frozen: int = 0,
     dtype: Any,
     remat: str,
 ) -> Callable[[TrainState, Params | None, Batch, losses.TopK | None], tuple[TrainState, dict]]:
@@ -78,7 +84,9 @@ def make_train_step(
 
     cfg: the student's. The teacher's parameters are for `teacher: online`, the stored rows for
     `cache`; both are None for `none`. keep: the teacher's layers that the student has, for
-    `recipe.hidden`. Metrics are float32 scalars, averages over tokens.
+    `recipe.hidden`. frozen: the first so many of them stay as they are, with the embeddings, and the
+    state has the other parameters alone (frozen.py); the teacher must be online. Metrics are float32
+    scalars, averages over tokens.
     """
     objective = losses.Objective.of(recipe)
     count = recipe.batch // recipe.together
@@ -86,34 +94,43 @@ def make_train_step(
     def step(state: TrainState, teacher: Params | None, batch: Batch, stored: losses.TopK | None):
         def sums_fn(params: Params, micro: tuple[Batch, losses.TopK | None]) -> Any:
             rows, known = micro
-            observe = beside = None
+            observe = beside = stream = None
             if recipe.teacher == "online":
                 assert teacher is not None and teacher_cfg is not None
-                run = functools.partial(
-                    decoder.hidden, teacher, rows, teacher_cfg, dtype=dtype, remat="none"
+                see = (lambda _, after: after) if recipe.hidden else None
+                stream, h = freezing.dense_hidden(
+                    teacher, rows, teacher_cfg, frozen, dtype=dtype, observe=see
                 )
                 if recipe.hidden:
                     assert keep is not None
-                    h, streams = run(observe=lambda _, after: after)
-                    beside = jax.lax.stop_gradient(streams[ends(keep, teacher_cfg.num_layers)])
+                    h, streams = h
+                    aims = ends(keep, teacher_cfg.num_layers)[frozen:] - frozen
+                    beside = jax.lax.stop_gradient(streams[aims])
                     observe = functools.partial(apart, mask=rows.mask)
-                else:
-                    h = run()
                 known = losses.Online(jax.lax.stop_gradient(h), decoder.head(teacher, teacher_cfg))
             h = decoder.hidden(
-                params, rows, cfg, dtype=dtype, remat=remat, observe=observe, beside=beside
+                params,
+                rows,
+                freezing.trained_config(cfg, frozen),
+                dtype=dtype,
+                stream=stream,
+                remat=remat,
+                observe=observe,
+                beside=beside,
             )
             h, gaps = h if observe else (h, jnp.zeros((1, 1)))
+            head, frozen_head = freezing.head(params, teacher, cfg)
             loss, sums = losses.token_sums(
                 h,
-                decoder.head(params, cfg),
+                head,
                 rows.targets,
                 rows.mask,
                 known,
                 objective,
                 state.mean_entropy,
+                frozen_head=frozen_head,
             )
-            gap = jnp.sum(jnp.mean(gaps, axis=0))
+            gap = jnp.sum(gaps) / cfg.num_layers  # frozen ones are at no distance
             return loss + recipe.hidden * gap, _StepSums(sums, gap)
 
         grads, found = optim.accumulate(sums_fn, state.params, (batch, stored), count)

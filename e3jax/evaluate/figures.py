@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from e3jax import mesh, notice, processes
+from e3jax.distill import frozen as freezing
 from e3jax.distill import losses
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
@@ -29,7 +30,13 @@ class Figures:
 
 
 def make_figures(
-    cfg: ModelConfig, student_cfg: ModelConfig, *, dtype: Any, chunk: int, temperature: float = 1.0
+    cfg: ModelConfig,
+    student_cfg: ModelConfig,
+    *,
+    dtype: Any,
+    chunk: int,
+    temperature: float = 1.0,
+    frozen: int = 0,
 ) -> Callable[..., Figures]:
     """(dense params, student params, numpy batches, keep=None, each_window=False) -> Figures.
 
@@ -37,7 +44,10 @@ def make_figures(
     serves every mask, and equals the sliced model exactly.
     Instead of the dense parameters each batch may come with the TopK that they gave: the KL is then
     of its k + 1 outcomes at `temperature`, never above that of the full vocabulary.
+    frozen: the student's first so many layers, and its embeddings, are the dense model's, and not
+    among its parameters (distill/frozen.py).
     """
+    own_cfg = freezing.trained_config(student_cfg, frozen)
 
     @jax.jit
     def sums(
@@ -48,14 +58,17 @@ def make_figures(
         gates_l: jax.Array,
     ) -> tuple[losses.Sums, tuple[jax.Array, jax.Array]]:
         known: losses.Online | losses.TopK | None = stored
+        stream = None
         if dense is not None:
-            h_dense = decoder.hidden(dense, batch, cfg, dtype=dtype, remat="none")
+            stream, h_dense = freezing.dense_hidden(dense, batch, cfg, frozen, dtype=dtype)
             known = losses.Online(h_dense, decoder.head(dense, cfg))
         gates = jnp.broadcast_to(gates_l, (batch.tokens.shape[0], gates_l.shape[0]))
-        h = decoder.hidden(student, batch, student_cfg, dtype=dtype, remat="none", gates_bl=gates)
+        h = decoder.hidden(
+            student, batch, own_cfg, dtype=dtype, remat="none", gates_bl=gates, stream=stream
+        )
         _, sums = losses.token_sums(
             h,
-            decoder.head(student, student_cfg),
+            freezing.head(student, dense, own_cfg)[0],
             batch.targets,
             batch.mask,
             known,
@@ -71,7 +84,7 @@ def make_figures(
         *,
         each_window: bool = False,
     ) -> Figures:
-        gates = np.ones(student_cfg.num_layers, np.float32)
+        gates = np.ones(own_cfg.num_layers, np.float32)
         if keep is not None:
             gates[np.setdiff1d(np.arange(len(gates)), keep)] = 0.0
         nll = kl = agree = tokens = 0.0

@@ -175,6 +175,7 @@ def hidden(
     dtype: Any,
     gates_bl: jax.Array | None = None,
     layer_ids: jax.Array | None = None,
+    stream: jax.Array | None = None,
     remat: str = "layer",
     observe: Callable[..., Any] | None = None,
     beside: Any = None,
@@ -184,6 +185,7 @@ def hidden(
     gates_bl: float32 [B, L] of 0 and 1, a mask a row; a gate of 0 skips the layer exactly, and the
       gradient reaches every gate (see gate.py).
     layer_ids: int32 [K]: run only these layers, in this order, without copying their weights.
+    stream: the residual stream to begin with, instead of the embeddings.
     remat: what backward recomputes, see recompute.py: "layer" each layer from its input, "none"
       nothing, "selective" and "elementwise" what is cheap for the memory it would take.
     observe: statistics of (residual stream into, out of) each layer; then the result is a pair
@@ -201,7 +203,8 @@ def hidden(
 
     of_number = by_number(params, cfg, apply)
     scan = functools.partial(jax.lax.scan, recompute.checkpoint(body, remat))
-    h, stats = first_stream(params, batch.tokens, cfg, dtype), []
+    h = first_stream(params, batch.tokens, cfg, dtype) if stream is None else stream
+    stats = []
     gates_lb = None if gates_bl is None else gates_bl.T
     if layer_ids is not None:
         h, found = scan(h, (None, jnp.asarray(layer_ids, jnp.int32), None, beside))
@@ -215,6 +218,14 @@ def hidden(
     if observe is None:
         return h
     return h, jax.tree.map(lambda *parts: jnp.concatenate(parts), *stats)
+
+
+def stream_after(
+    params: Params, batch: Batch, cfg: ModelConfig, count: int, dtype: Any
+) -> jax.Array:
+    """The residual stream [B, T, D] after the first `count` layers."""
+    of_number = by_number(params, cfg, applier(batch, cfg, dtype))
+    return jax.lax.fori_loop(0, count, of_number, first_stream(params, batch.tokens, cfg, dtype))
 
 
 def of_run(arrays: tuple, run: Run) -> tuple:
