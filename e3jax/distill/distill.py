@@ -1,8 +1,8 @@
 """Stage 2: entropy-aware distillation of the pruned model, and plain training by the same step.
 
-The student is the surviving layers, embeddings, last norm and head, all trained, or what comes after
-the cut alone (frozen.py): float32 master weights and moments, compute in `dtype`. The teacher is the
-dense model (online), its stored top-k (cache), or nobody (next-token cross-entropy).
+The student is the surviving layers, embeddings, last norm and head, all trained, or what comes
+after the cut alone (frozen.py): float32 master weights and moments, compute in `dtype`. The teacher
+is the dense model (online), its stored top-k (cache), or nobody (next-token cross-entropy).
 """
 
 import functools
@@ -84,9 +84,9 @@ def make_train_step(
 
     cfg: the student's. The teacher's parameters are for `teacher: online`, the stored rows for
     `cache`; both are None for `none`. keep: the teacher's layers that the student has, for
-    `recipe.hidden`. frozen: the first so many of them stay as they are, with the embeddings, and the
-    state has the other parameters alone (frozen.py); the teacher must be online. Metrics are float32
-    scalars, averages over tokens.
+    `recipe.hidden`. frozen: the first so many of them stay as they are, with the embeddings, and
+    the state has the other parameters alone (frozen.py); the teacher must be online. Metrics are
+    float32 scalars, averages over tokens.
     """
     objective = losses.Objective.of(recipe)
     count = recipe.batch // recipe.together
