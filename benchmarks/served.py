@@ -25,7 +25,7 @@ from e3jax.bench.timing import give, middle, seconds
 
 DEVICE = "cuda"
 PROMPT, TOKENS = 1024, 128
-WARM, TURNS = 3, 8
+WARM, TURNS = 3, 16
 FOLDERS, WHAT = ("dense", "exported"), ("prefill", "decode")
 
 
