@@ -10,8 +10,9 @@ timed. Share: of a bfloat16 product of 8192 x 8192 matrices in the same run, wit
 model needs, none that is repeated: one forward pass is 1, causal attention a half of the square; a
 distillation is the teacher's pass and three of the student's, a search three of the dense model's,
 of which one is shared by M rows where M masks are drawn for a window (`masksM`); it is counted
-whole, though ours runs only from the first layer that a mask removes (`firstL`: none before L),
-and a distillation that leaves what comes before the first layer removed as it is (`freeze`).
+whole, though ours runs only from the first layer that a mask removes (`firstL`: none before L). Of
+a distillation that leaves what comes before the first layer removed as it is (`freeze`), what is
+left out is not counted.
 On a mesh of several GPUs (`dataN`, `modelN`) the share is of as many, and GiB are of the GPU that
 has most. PyTorch arms need torch and transformers, those with Liger liger-kernel; ours need JAX for
 CUDA.
@@ -100,6 +101,7 @@ def gpus(arm: str) -> int:
 
 
 def flops_per_token(options: argparse.Namespace, arm: str) -> float:
+    from e3jax.distill.frozen import frozen_layers
     from e3jax.planning import cost
 
     def forward(cfg):
@@ -108,8 +110,12 @@ def flops_per_token(options: argparse.Namespace, arm: str) -> float:
     dense = model_config(options.shapes, options.layers)
     if options.step == "search":
         return (2 + 1 / number(arm, "masks")) * forward(dense)
-    taught = 0 if ":cache" in arm else forward(dense)
-    return taught + 3 * forward(dense.take_layers(kept(dense.num_layers)))
+    keep = kept(dense.num_layers, number(arm, "first") if ":first" in arm else 0)
+    frozen = frozen_layers(keep) if ":freeze" in arm else 0
+    trained = 3 * forward(dense.take_layers(keep[frozen:]))
+    if frozen and dense.tied:  # the head has no gradient
+        trained -= cost.head_flops(dense)
+    return trained + (0 if ":cache" in arm else forward(dense))
 
 
 def matmul_rate() -> float:

@@ -223,7 +223,7 @@ def hidden_gap(params, teacher, batch):
     return jnp.sum(jnp.where(batch.mask, sum(gaps) / len(gaps), 0.0))
 
 
-@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("micro", [None, 2])
 def test_the_layers_term_is_that_of_the_formula(micro):
     batch, teacher = random_batch(0), dense_params()
@@ -261,6 +261,7 @@ def test_the_layers_term_on_eight_devices():
     assert_close(eight, one, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_student_of_all_layers_is_at_no_distance():
     keep = range(CFG.num_layers)
     assert distill.ends(keep, CFG.num_layers).tolist() == list(keep)

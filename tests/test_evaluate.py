@@ -62,7 +62,7 @@ def test_figures_are_those_of_the_definition(sizes):
     assert (found.agreement, found.tokens) == (pytest.approx(agreement, abs=1e-9), tokens)
 
 
-@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [3, CFG.vocab_size])
 def test_figures_by_what_the_dense_model_said_before(k):
     """Of a few outcomes the KL is a little lower, as less is told apart; of all it is the same."""

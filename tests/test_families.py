@@ -270,7 +270,7 @@ def test_logits_equal_transformers(tmp_path, family, changes):
     assert_same_logits(our_logits(folder, tokens), torch_logits(folder, tokens))
 
 
-@pytest.mark.cases(4)
+@pytest.mark.cases(2)
 @kinds
 def test_greedy_answers_equal_transformers(tmp_path, family, changes):
     """With the cache, which for latent attention holds what transformers' does not."""
@@ -339,7 +339,7 @@ KINDS = {
 }
 
 
-@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 @pytest.mark.parametrize("name", KINDS)
 def test_masked_model_is_the_sliced_model_bit_for_bit(tmp_path, name, dtype):
@@ -360,7 +360,7 @@ def test_masked_model_is_the_sliced_model_bit_for_bit(tmp_path, name, dtype):
         np.testing.assert_array_equal(by_number, sliced)
 
 
-@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "gemma3_text-stretched"])
 def test_gradient_of_the_gates(tmp_path, monkeypatch, name):
     """Central differences, in float64, of h + m (Layer(h) - h) around a hard mask; steps are so

@@ -167,7 +167,7 @@ def test_kimi_k2_and_layers_that_draft_tokens(tmp_path, caplog):
         load_params(folder)
 
 
-@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss"])
 def test_experts_on_several_devices_are_the_same_files(tmp_path, name):
     """Read and written by eight devices that share the experts, to the byte."""

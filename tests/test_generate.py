@@ -181,6 +181,7 @@ def test_stops_when_every_row_has_ended(llama):
     assert said[:, 0].tolist() == [free[0][0], free[1][0]] and (said[:, 1:] == -1).all()
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("new", [1, 2, 7])
 def test_max_new_tokens(llama, new):
     prompts = random_prompts()

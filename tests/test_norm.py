@@ -9,6 +9,7 @@ from e3jax.models import norm, recompute, rope
 from e3jax.models.config import Rope
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("remat", ["none", "selective"])
 @pytest.mark.parametrize("heads", [(3,), (2, 3)])
 def test_values_and_gradients_are_those_of_norm_then_rotation(heads, remat):

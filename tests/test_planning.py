@@ -218,6 +218,7 @@ def with_problems(run, **evaluate):
     return dataclasses.replace(run, data=data, evaluate=config.Evaluate(**evaluate))
 
 
+@pytest.mark.slow
 def test_drawn_answers_take_more_memory_and_time():
     """Logits are sorted to draw by top-p; and each problem is answered so many times."""
     other = compile.Memory(0, 0, 0, 0, 0, capacity=1, compiled=True, seconds=0.0)

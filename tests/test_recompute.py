@@ -72,6 +72,7 @@ def test_same_result_for_less_memory_and_more_work(stage):
     assert flops[0] < flops[1] < flops[2] < flops[3], flops
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("stage", ["student", "search"])
 def test_which_products_are_computed_again(stage):
     """Of dense attention q k; `selective` gate and up too and nothing else; layer by layer the rest

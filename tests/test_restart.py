@@ -22,6 +22,7 @@ from training_tiny import CFG, assert_bitwise, dense_params
 
 ROOT = pathlib.Path(__file__).parent.parent
 TOKENIZER = ROOT / "e3jax" / "demo" / "model"
+pytestmark = pytest.mark.slow
 DEMO = str(ROOT / "e3jax" / "demo" / "train.jsonl.gz")
 STEPS = 24  # of the search
 RECOVERY = 90  # so many that a signal some steps after one that was seen never comes too late
@@ -108,7 +109,6 @@ def final_state(out):
         return checkpoints.load()
 
 
-@pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_bits(configuration, whole):
     """Mask, weights, moments and records, after SIGKILL in either stage and SIGTERM."""
     out = configuration.parent / "killed"
@@ -143,7 +143,6 @@ def test_nothing_compiles_twice(whole):
     assert sorted(compiled) == ["step", "step", "sums", "sums"]
 
 
-@pytest.mark.slow
 def test_a_finished_stage_takes_no_step(configuration, whole, monkeypatch, capsys):
     out, _ = whole
     files = {path for path in out.rglob("*.json*") if path.name != LEDGER}  # that tells of time
@@ -162,14 +161,12 @@ def test_a_finished_stage_takes_no_step(configuration, whole, monkeypatch, capsy
     assert cli.main(["distill", "--config", str(configuration), "distill.microbatch=2"]) == 0
 
 
-@pytest.mark.slow
 def test_checkpoints_of_another_configuration(configuration, whole, capsys):
     code = cli.main(["distill", "--config", str(configuration), "distill.optimizer.lr=0.5"])
     assert code == 2
     assert "optimizer.lr: 0.01 -> 0.5" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_run_that_diverges_exits_with_1_and_a_message(configuration, whole):
     out, _ = whole
     overrides = (f"distill.mask={out}/search/mask.json", f"out={out}-diverged")

@@ -212,6 +212,7 @@ def test_short_answers_do_not_wait_for_long_ones(llama):
         assert [answer] == theirs(llama[0], [request.prompt], request.max_new_tokens)
 
 
+@pytest.mark.slow
 def test_few_programs_for_any_lengths(llama, monkeypatch):
     """A width of prompts is a power of two, and all else is data."""
     _, cfg, params = llama

@@ -205,6 +205,7 @@ def test_protected_and_forced_layers(tiny):
                 rule(calibration, task)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_scores_of_one(tiny):
     _, params, cfg = tiny
     texts = [documents(cfg, (9, 1 + n)) for n in range(8)]

@@ -241,7 +241,7 @@ answers_are_the_same = same_as_one_device(answers, check_answers)
 
 
 @cases("""
-1x8x1 odd
+1x8x1 odd *
 1x4x2 odd *
 2x2x2 odd *
 1x2x4 even *
