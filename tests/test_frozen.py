@@ -1,5 +1,6 @@
 """`distill.freeze`: what comes before the cut stays, and is computed once for both models."""
 
+import dataclasses
 import functools
 import json
 
@@ -13,7 +14,9 @@ from e3jax import mesh
 from e3jax.distill import distill, frozen
 from e3jax.evaluate.figures import make_figures
 from e3jax.models import decoder
+from e3jax.planning import compile, cost
 from e3jax.training.optim import make_optimizer
+from planning_tiny import MODEL, small_run
 from sharded_tiny import MODELS, numbers
 from test_pipeline import command, write_job
 from training_tiny import assert_bitwise, assert_close, random_batch, recipe, set_mesh
@@ -131,6 +134,23 @@ def test_it_needs_the_dense_model():
     for teacher in ("cache", "none"):
         with pytest.raises(ValueError, match="freeze=true needs the teacher's layers"):
             recipe(freeze=True, teacher=teacher)
+
+
+def test_a_plan_counts_what_is_trained(tmp_path):
+    """Layers 0 and 1 of three stay, and 0 is frozen."""
+    mask = tmp_path / "mask.json"
+    mask.write_text(json.dumps({"num_layers": 3, "keep": [0, 1]}))
+    run = small_run(freeze=True, mask=str(mask))
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, remat="none"))
+    layer, head = cost.body_flops(MODEL.take_layers((0,)), 64), cost.head_flops(MODEL)
+    assert cost.train_flops(run, MODEL) == pytest.approx(3 * (layer + head) + 3 * layer + head)
+    tied = dataclasses.replace(MODEL, tied=True)
+    assert cost.train_flops(run, tied) == pytest.approx(2 * (3 * layer) + 3 * head)
+    step, arguments = compile.train_inputs(run, MODEL, "float32")
+    own = decoder.abstract_params(MODEL.take_layers((1,)))
+    assert arguments[0].params == {name: x for name, x in own.items() if name != "embed"}
+    state, _ = step.eval_shape(*arguments)
+    assert state.params.keys() == {"layers", "final_norm", "head"}
 
 
 @pytest.mark.slow

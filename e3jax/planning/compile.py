@@ -24,7 +24,14 @@ from e3jax.errors import UserError
 from e3jax.models import decoder, generate
 from e3jax.models.config import ModelConfig
 from e3jax.planning.chips import Topology
-from e3jax.planning.cost import activation_bytes, decoded, searched_rows, student_config
+from e3jax.planning.cost import (
+    activation_bytes,
+    decoded,
+    searched_rows,
+    student_config,
+    student_layers,
+    trained_config,
+)
 from e3jax.search import search
 from e3jax.training.optim import make_optimizer
 
@@ -115,18 +122,20 @@ def search_inputs(run: config.Run, cfg: ModelConfig, source_dtype: str) -> tuple
 
 def train_inputs(run: config.Run, cfg: ModelConfig, source_dtype: str) -> tuple[Any, tuple]:
     """The jitted distillation step and its abstract arguments, under the mesh that is set."""
-    recipe, student = run.distill, student_config(run, cfg)
+    recipe, (keep, frozen) = run.distill, student_layers(run, cfg)
+    student = cfg.take_layers(keep)
     optimizer = make_optimizer(recipe.optimizer, recipe.steps)
     step = distill.make_train_step(
         student,
         recipe,
         optimizer,
         teacher_cfg=cfg,
-        keep=range(cfg.num_layers - student.num_layers, cfg.num_layers),  # any, of that many
+        keep=keep,
+        frozen=frozen,
         dtype=job.DTYPES[run.model.dtype],
         remat=run.model.remat,
     )
-    state = distill.abstract_state(student, optimizer)
+    state = distill.abstract_state(student, optimizer, frozen)
     rows, window = recipe.batch, run.data.window
     teacher = stored = None
     if recipe.teacher == "online":
@@ -151,7 +160,7 @@ def search_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: 
 
 def train_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topology) -> Memory:
     """Memory of a distillation step, under the mesh that is set."""
-    recipe, student = run.distill, student_config(run, cfg)
+    recipe = run.distill
     step, arguments = train_inputs(run, cfg, source_dtype)
     state, online, *_ = arguments
     dense = local_bytes(decoder.abstract_params(cfg, jnp.dtype(source_dtype)))
@@ -167,7 +176,7 @@ def train_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: T
         idle=teacher if online is None else 0,
         activations=activation_bytes(
             run,
-            student,
+            trained_config(run, cfg),
             rows_here(recipe.together),
             model_size(),
             trained=True,

@@ -7,8 +7,12 @@ products at the chip's peak, traffic with its memory, and what the mesh makes ch
 
 import dataclasses
 import math
+import pathlib
+from collections.abc import Sequence
 
 from e3jax import config
+from e3jax.distill.frozen import frozen_layers
+from e3jax.mask import read_mask
 from e3jax.models.config import ModelConfig
 from e3jax.models.params import (
     active_params,
@@ -128,10 +132,13 @@ def recomputed(cfg: ModelConfig, time: int, remat: str, *, gated: bool) -> float
 
 
 def train_flops(run: config.Run, cfg: ModelConfig) -> float:
-    """A token of a distillation step: teacher forward, student forward, backward, recomputation."""
-    student, time = student_config(run, cfg), run.data.window
-    body, head = body_flops(student, time), head_flops(student)
-    total = 3 * (body + head) + recomputed(student, time, run.model.remat, gated=False)
+    """A token of a distillation step: teacher forward, student forward, backward, recomputation.
+    What is frozen is run by the teacher; a head tied to frozen embeddings has no gradient."""
+    trained, time = trained_config(run, cfg), run.data.window
+    body, head = body_flops(trained, time), head_flops(trained)
+    total = 3 * (body + head) + recomputed(trained, time, run.model.remat, gated=False)
+    if cfg.tied and student_layers(run, cfg)[1]:
+        total -= head
     if run.distill.teacher == "online":
         total += body_flops(cfg, time) + head_flops(cfg)
     return total
@@ -156,9 +163,24 @@ def searched_rows(run: config.Run) -> int:
     return run.search.together * run.search.masks_per_window
 
 
+def student_layers(run: config.Run, cfg: ModelConfig) -> tuple[Sequence[int], int]:
+    """The layers of a run's student, and how many of the first ones are frozen: by its mask. Where
+    it has none yet, the first ones, all trained; layers may differ in their window."""
+    if run.distill.mask is None:
+        return range(resolve_keep(run.search.keep, cfg.num_layers)), 0
+    keep = read_mask(pathlib.Path(run.distill.mask), cfg.num_layers).keep
+    return keep, frozen_layers(keep) if run.distill.freeze else 0
+
+
 def student_config(run: config.Run, cfg: ModelConfig) -> ModelConfig:
-    """A student of a run. Layers may differ in their window: which are kept is not yet known."""
-    return cfg.take_layers(range(resolve_keep(run.search.keep, cfg.num_layers)))
+    """A student of a run."""
+    return cfg.take_layers(student_layers(run, cfg)[0])
+
+
+def trained_config(run: config.Run, cfg: ModelConfig) -> ModelConfig:
+    """Of its layers those that are trained."""
+    keep, frozen = student_layers(run, cfg)
+    return cfg.take_layers(keep[frozen:])
 
 
 # ---------------------------------------------------------------- bytes
@@ -230,12 +252,12 @@ def _traffic(passes: list[Pass], mesh: Mesh) -> tuple[float, float, float]:
 
 def train_roofline(run: config.Run, cfg: ModelConfig, topology: Topology, mesh: Mesh) -> Roofline:
     """Of a distillation step."""
-    recipe, student = run.distill, student_config(run, cfg)
+    recipe = run.distill
     batch = -(-recipe.batch // mesh.shards) * mesh.shards
     micro = batch // (recipe.microbatch or batch)
     tokens = batch * run.data.window // micro
     times = 2 if run.model.remat == "none" else 3
-    passes = [Pass(student, tokens, micro, times, trained=True)]
+    passes = [Pass(trained_config(run, cfg), tokens, micro, times, trained=True)]
     if recipe.teacher == "online":
         passes.append(Pass(cfg, tokens, micro, 1))
     flops = train_flops(run, cfg) * tokens * micro

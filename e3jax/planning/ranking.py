@@ -122,7 +122,7 @@ def estimate(
     """Bytes a device of the step that needs more of them: arrays by their shards, work space by its
     greatest parts. Within 1.5 of the compiler's (tests/test_planning.py)."""
     recipe = run.distill
-    student = cost.student_config(run, cfg)
+    student = cost.trained_config(run, cfg)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh(sizes.replica, sizes.data, sizes.model)):
         wide = compile.local_bytes(decoder.abstract_params(student))
         dense = compile.local_bytes(decoder.abstract_params(cfg, jnp.dtype(source_dtype)))
