@@ -12,7 +12,7 @@ import os
 import pathlib
 import secrets
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from e3jax.errors import UserError
@@ -40,14 +40,14 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, default=plain) + "\n")
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes text aside, syncs it to disk and renames it."""
+def write_text(path: pathlib.Path, text: str | Iterable[str]) -> None:
+    """Writes text, or its parts as they come, aside, syncs it to disk and renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Processes of several hosts may share the folder, and their numbers.
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -61,18 +61,17 @@ def read_json(path: pathlib.Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read_lines(path: pathlib.Path) -> list[Any]:
+def read_lines(path: pathlib.Path) -> Iterator[Any]:
     """The values of a file of JSON lines, in order; none where there is no file, and a torn last
     line is left out."""
     if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+        return
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
 
 
 def plain(value: Any) -> Any:

@@ -43,7 +43,7 @@ def planted(tmp_path, monkeypatch, tokenizer):
         right = exact.solve(
             {}, CFG, asked, tokenizer, spec, eos=[EOS], dtype=jnp.float32, path=path, inputs={}
         )
-        lines = files.read_lines(path)
+        lines = list(files.read_lines(path))
         assert right == [line["correct"] for line in lines]
         assert [line["problem"] for line in lines] == list(range(1, len(problems) + 1))
         return lines
@@ -127,7 +127,7 @@ def ask(tmp_path, monkeypatch, tokenizer):
             path=tmp_path / path,
             inputs=inputs or {"keep": [0]},
         )
-        return files.read_lines(tmp_path / path), count
+        return list(files.read_lines(tmp_path / path)), count
 
     ask.params, ask.problems = params, asked
     return ask

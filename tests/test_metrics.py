@@ -105,4 +105,4 @@ def test_weights_and_biases_that_is_not_there(tmp_path, monkeypatch, wandb):
         metrics.weights_and_biases("prunes", "1", tmp_path, {}),
     ):
         pass
-    assert files.read_lines(tmp_path / "metrics.jsonl") == []
+    assert list(files.read_lines(tmp_path / "metrics.jsonl")) == []

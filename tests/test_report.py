@@ -468,7 +468,7 @@ def test_ledger_tells_what_an_attempt_took_and_how_it_ended(tmp_path, monkeypatc
         now[0] += 0.5  # read back
     with ledger.stage(tmp_path, "distill"):
         now[0] += 7.25
-    lines = files.read_lines(tmp_path / files.LEDGER)
+    lines = list(files.read_lines(tmp_path / files.LEDGER))
     told = [(x["stage"], x["seconds"], x["ended"]) for x in lines]
     assert told == [("search", 60.0, "UserError"), ("distill", 7.2, "done")]
     assert all(x["devices"] == 8 and x["host_bytes"] > 2**20 for x in lines)

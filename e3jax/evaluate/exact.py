@@ -5,7 +5,7 @@ import dataclasses
 import json
 import logging
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,30 +110,47 @@ def _asked(
 
 def _keep(path: pathlib.Path, asked: Sequence[Asked]) -> list[str]:
     """The keys of the answers that are there; all else leaves the file."""
-    wanted = {one.key for one in asked}
-    lines = {line["key"]: line for line in files.read_lines(path) if line.get("key") in wanted}
-    _write(path, list(lines.values()))
-    return list(lines)
+    wanted, there = {one.key for one in asked}, dict[str, None]()
+
+    def lines() -> Iterator[dict[str, Any]]:
+        for line in files.read_lines(path):
+            if line.get("key") in wanted and line["key"] not in there:
+                there[line["key"]] = None
+                yield line
+
+    _write(path, lines())
+    return list(there)
 
 
 def _graded(
     path: pathlib.Path, asked: Sequence[Asked], problems: Sequence[Problem], spec: config.Evaluate
 ) -> list[int]:
-    """Grades the answers, and has them in the file in order; right ones of each problem."""
-    lines = {line["key"]: line for line in files.read_lines(path)}
-    right = [0] * len(problems)
-    with open_grader(spec) as grade:
-        for one in over("answers graded", asked):
-            found = grade(lines[one.key]["text"], problems[one.problem - 1].answer)
-            lines[one.key] |= dataclasses.asdict(found)
+    """Grades the answers, and has them in the file in order; right ones of each problem.
+
+    One is held at a time: of 64 samples of 32,000 tokens to 500 problems there are gigabytes.
+    """
+    right, cut = [0] * len(problems), 0
+    ordered = sorted(asked, key=lambda one: (one.problem, one.sample))
+
+    def lines() -> Iterator[dict[str, Any]]:
+        nonlocal cut
+        for one in over("answers graded", ordered):
+            file.seek(places[one.key])
+            line = json.loads(file.readline())
+            found = grade(line["text"], problems[one.problem - 1].answer)
             right[one.problem - 1] += found.correct
-    cut = sum(not line["ended"] for line in lines.values())
+            cut += not line["ended"]
+            yield line | dataclasses.asdict(found)
+
+    with open(path, "rb") as file, open_grader(spec) as grade:
+        places, at = {}, 0
+        for text in file:
+            places[json.loads(text)["key"]], at = at, at + len(text)
+        _write(path, lines())
     if cut:
         log.info("%d of %d answers were cut at the limit of their length", cut, len(asked))
-    ordered = sorted(asked, key=lambda one: (one.problem, one.sample))
-    _write(path, [lines[one.key] for one in ordered])
     return right
 
 
-def _write(path: pathlib.Path, lines: Sequence[Any]) -> None:
-    files.write_text(path, "".join(f"{json.dumps(line)}\n" for line in lines))
+def _write(path: pathlib.Path, lines: Iterable[Any]) -> None:
+    files.write_text(path, (f"{json.dumps(line)}\n" for line in lines))

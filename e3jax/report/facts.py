@@ -240,7 +240,7 @@ def _spent(lines: Sequence[dict[str, Any]]) -> int:
 def _costs(
     out: pathlib.Path, mask: records.Kept | None, comparison: Comparison | None
 ) -> list[Cost]:
-    lines = files.read_lines(out / files.LEDGER)
+    lines = list(files.read_lines(out / files.LEDGER))
     tokens: collections.Counter[str] = collections.Counter()
     teacher: collections.Counter[str] = collections.Counter()
     for stage in (*records.recoveries(out), "train"):

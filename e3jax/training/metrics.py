@@ -156,7 +156,7 @@ def weights_and_biases(
 
 def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
     """The lines of a stage's metrics.jsonl, in order; a torn last line is left out."""
-    return files.read_lines(folder / "metrics.jsonl")
+    return list(files.read_lines(folder / "metrics.jsonl"))
 
 
 def _drop_from(path: pathlib.Path, start: int, due: bool) -> list[dict[str, Any]]:
