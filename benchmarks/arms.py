@@ -31,7 +31,7 @@ def depth(shapes: str, layers: int | None) -> int:
 
 def kept(count: int, first: int = 0) -> list[int]:
     """The student's layers of so many: a quarter is removed, evenly, none of the first ones."""
-    removed = count // 4
+    removed = max(1, count // 4)
     apart = (count - first) / removed
     return sorted({*range(count)} - {first + int((i + 0.5) * apart) for i in range(removed)})
 

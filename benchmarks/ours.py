@@ -19,7 +19,7 @@ from e3jax.data.batches import gather, prefetch
 from e3jax.data.teacher import TeacherCache, open_cache
 from e3jax.data.windows import Windows
 from e3jax.distill import distill, losses
-from e3jax.distill.frozen import frozen_layers, trained
+from e3jax.distill.freezing import frozen_layers, trained
 from e3jax.job import to_batch
 from e3jax.models import decoder
 from e3jax.search import search
@@ -34,9 +34,9 @@ class Arm:
     micro: int = 8  # windows a forward pass
     remat: str = "layer"
     masks: int = 1  # a window
-    first: int = 0  # no mask removes a layer before this one
+    first: int = 0  # no layer before this one is removed
     hidden: bool = False  # the layers' term
-    freeze: bool = False  # what comes before the first layer removed is not trained
+    freeze: bool = False  # distill.freeze
     cache: bool = False  # the teacher's top 10 from a cache on this disk, read ahead
     data: int = 1  # the mesh
     model: int = 1

@@ -101,7 +101,7 @@ def gpus(arm: str) -> int:
 
 
 def flops_per_token(options: argparse.Namespace, arm: str) -> float:
-    from e3jax.distill.frozen import frozen_layers
+    from e3jax.distill.freezing import frozen_layers
     from e3jax.planning import cost
 
     def forward(cfg):

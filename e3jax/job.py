@@ -55,7 +55,7 @@ class Job:
     @functools.cached_property
     def params(self) -> Params:
         """The dense model's, in the dtype they are stored in; read when first asked for: where all
-        was done before, never."""
+        was done before, never, but for what a recovery with `distill.freeze` did not train."""
         return self.load()
 
     def release(self) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 
 from e3jax import config, files, job, mesh, teaching
 from e3jax.data.windows import Windows
-from e3jax.distill import distill
-from e3jax.distill import frozen as freezing
+from e3jax.distill import distill, freezing
 from e3jax.distill.least_squares import fitted
 from e3jax.errors import UserError
 from e3jax.evaluate.figures import make_figures
@@ -48,8 +47,9 @@ def recover(
     stored = teaching.stored_teacher(job_) if recipe.teacher == "cache" else None
     name = "distill" if folder is None else folder.name
     student_cfg = job_.cfg.take_layers(mask.keep)
-    frozen = freezing.frozen_layers(mask.keep) if recipe.freeze else 0
-    if recipe.freeze:
+    frozen = 0
+    if recipe.freeze:  # what others are merged into is not the dense model's any more
+        frozen = min([freezing.frozen_layers(mask.keep), *(into for into, _ in mask.merges)])
         log.info("%s: %d of %d layers stay as they are", name, frozen, len(mask.keep))
 
     def entropy() -> float:

@@ -1,4 +1,5 @@
-"""The gate before a long run: two steps of every stage, on the model's first two layers.
+"""The gate before a long run: two steps of every stage, on the model's first two layers (three with
+`distill.freeze`: one that is frozen, one that is trained, one that goes).
 
 What would stop the run hours later (a shape, a full device, a folder that cannot be written) stops
 it now.
@@ -22,7 +23,7 @@ from e3jax.models import decoder
 log = logging.getLogger(__name__)
 
 FROM = 50_000_000  # planned tokens: minutes lost to a late mistake outweigh the rehearsal
-TWO = (0, 1)  # the layers
+TWO, THREE = (0, 1), (0, 1, 2)  # the layers
 SHORT = {"steps": 2, "evaluate_every": 2, "checkpoint_every": 2}
 FOLDER, RECORD = ".rehearsal", "rehearsal.json"
 
@@ -34,13 +35,13 @@ def before(
 
     Once it passed it is not played again for the same configuration on as many devices.
     """
-    if tokens < FROM or layers <= len(TWO):
+    if tokens < FROM or layers <= len(few(run)):
         return
     devices = [jax.device_count(), jax.devices()[0].device_kind, jax.process_count()]
     facts = files.plain_tree({"run": dataclasses.replace(run, out=""), "devices": devices})
 
     def passed() -> str:
-        log.info("rehearsal: two steps of every stage on two layers")
+        log.info("rehearsal: two steps of every stage on %d layers", len(few(run)))
         begun, folder = time.monotonic(), out / FOLDER
         _clear(folder)
         try:
@@ -50,7 +51,12 @@ def before(
             _clear(folder)
         return f"passed in {time.monotonic() - begun:.0f} s"
 
-    log.info("rehearsal on two layers: %s", job.once(out / RECORD, facts, passed))
+    log.info("rehearsal on %d layers: %s", len(few(run)), job.once(out / RECORD, facts, passed))
+
+
+def few(run: config.Run) -> tuple[int, ...]:
+    """The layers of a rehearsal."""
+    return THREE if run.distill.freeze else TWO
 
 
 def _clear(folder: pathlib.Path) -> None:
@@ -66,7 +72,7 @@ def shorten(run: config.Run, folder: pathlib.Path) -> config.Run:
         out=str(folder),
         search=dataclasses.replace(
             run.search,
-            keep=1,
+            keep=len(few(run)) - 1,
             start=None,
             protect=(),
             force=(),
@@ -86,22 +92,24 @@ def shorten(run: config.Run, folder: pathlib.Path) -> config.Run:
 
 
 def play(job_: Job, command: str, run: config.Run, folder: pathlib.Path) -> None:
-    """The stages of a command, with two layers of the model."""
-    two = dataclasses.replace(
+    """The stages of a command, with few layers of the model."""
+    layers = few(run)
+    small = dataclasses.replace(
         job_,
         run=run,
         out=folder,
-        cfg=job_.cfg.take_layers(TWO),
-        load=lambda: decoder.take_layers(job_.params, job_.cfg, TWO),
+        cfg=job_.cfg.take_layers(layers),
+        load=lambda: decoder.take_layers(job_.params, job_.cfg, layers),
     )
-    mask = Mask(num_layers=2, keep=(0,), order=(1,))
+    mask = Mask(num_layers=len(layers), keep=layers[:-1], order=layers[-1:])
     if run.distill.mask is None or command == "search":
-        mask = choice.search_mask(two)
+        found = choice.search_mask(small)
+        mask = mask if run.distill.freeze else found
     if command == "search" and job_.run.search.candidates == 1:
         return
-    student = recovery.recover(two, mask, folder / "distill")
+    student = recovery.recover(small, mask, folder / "distill")
     if command in ("run", "evaluate", "compare"):
-        table.measure(two, "raw", mask, lambda: recovery.survivors(two, mask))
-        table.measure_student(two, "recovered", lambda: student, mask, "distill")
+        table.measure(small, "raw", mask, lambda: recovery.survivors(small, mask))
+        table.measure_student(small, "recovered", lambda: student, mask, "distill")
     if command in ("run", "export"):
-        outputs.export(two, mask, student, folder / "export", recovered=True, transformers=False)
+        outputs.export(small, mask, student, folder / "export", recovered=True, transformers=False)

@@ -93,6 +93,12 @@ def test_each_command_rehearses_what_it_does(configuration, tmp_path, played):
     played.clear()
     assert command(configuration, "distill", f"out={tmp_path}/b", mask) == 0
     assert played == [("recovery", 1), ("recovery", 3)]
+    given = tmp_path / "mask.json"
+    given.write_text('{"num_layers": 4, "keep": [0, 1, 3]}')
+    played.clear()
+    frozen = (f"out={tmp_path}/c", f"distill.mask={given}", "distill.freeze=true")
+    assert command(configuration, "distill", *frozen) == 0
+    assert played == [("recovery", 2), ("recovery", 3)]  # with a layer that is frozen
 
 
 @pytest.mark.slow

@@ -57,8 +57,8 @@ class Distill:
     )
     freeze: bool = Field(
         default=False,
-        description="leave what comes before the first layer removed, and the embeddings, as it is:"
-        " computed once for both models",
+        description="do not train the layers before the first one removed, but the last of them,"
+        " nor the embeddings: both models compute them once",
     )
     temperature: float = Field(default=1.0, gt=0, description="T; the loss carries T**2")
     ce: float = Field(

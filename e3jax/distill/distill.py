@@ -1,7 +1,7 @@
 """Stage 2: entropy-aware distillation of the pruned model, and plain training by the same step.
 
 The student is the surviving layers, embeddings, last norm and head, all trained, or what comes
-after the cut alone (frozen.py): float32 master weights and moments, compute in `dtype`. The teacher
+after the cut (freezing.py): float32 master weights and moments, compute in `dtype`. The teacher
 is the dense model (online), its stored top-k (cache), or nobody (next-token cross-entropy).
 """
 
@@ -16,8 +16,7 @@ import numpy as np
 import optax
 
 from e3jax import config, mesh
-from e3jax.distill import frozen as freezing
-from e3jax.distill import losses
+from e3jax.distill import freezing, losses
 from e3jax.models import decoder, recompute
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Batch, Params
@@ -54,9 +53,7 @@ def abstract_state(
     cfg: ModelConfig, optimizer: optax.GradientTransformation, frozen: int = 0
 ) -> TrainState:
     """ShapeDtypeStructs of `init_state`, with their shardings: nothing is allocated."""
-    params = decoder.abstract_params(freezing.trained_config(cfg, frozen))
-    if frozen:
-        del params["embed"]
+    params = freezing.abstract_trained(cfg, frozen)
     scalar = jax.ShapeDtypeStruct((), jnp.float32)
     count = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(
@@ -85,7 +82,7 @@ def make_train_step(
     cfg: the student's. The teacher's parameters are for `teacher: online`, the stored rows for
     `cache`; both are None for `none`. keep: the teacher's layers that the student has, for
     `recipe.hidden`. frozen: the first so many of them stay as they are, with the embeddings, and
-    the state has the other parameters alone (frozen.py); the teacher must be online. Metrics are
+    the state has the other parameters alone (freezing.py); the teacher must be online. Metrics are
     float32 scalars, averages over tokens.
     """
     objective = losses.Objective.of(recipe)

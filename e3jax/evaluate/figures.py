@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from e3jax import mesh, notice, processes
-from e3jax.distill import frozen as freezing
-from e3jax.distill import losses
+from e3jax.distill import freezing, losses
 from e3jax.models import decoder
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Batch, Params
@@ -45,7 +44,7 @@ def make_figures(
     Instead of the dense parameters each batch may come with the TopK that they gave: the KL is then
     of its k + 1 outcomes at `temperature`, never above that of the full vocabulary.
     frozen: the student's first so many layers, and its embeddings, are the dense model's, and not
-    among its parameters (distill/frozen.py).
+    among its parameters (distill/freezing.py).
     """
     own_cfg = freezing.trained_config(student_cfg, frozen)
 

@@ -63,8 +63,10 @@ def borrow(out: pathlib.Path, lender: pathlib.Path, row: Row) -> None:
     for kind in (*marks, *kinds):
         beside(out / "evaluate", row.model, kind).unlink(missing_ok=True)
     for kind in (*kinds, *marks):  # the last ones say that the others are there
-        if (found := text(lender, kind)) is not None:
-            files.write_text(beside(out / "evaluate", row.model, kind), found)
+        source = beside(lender / "evaluate", row.model, kind)
+        if source.exists():
+            with open(source, encoding="utf-8") as lines:
+                files.write_text(beside(out / "evaluate", row.model, kind), lines)
 
 
 def windows(job_: Job, row: Row) -> list[list[float]]:

@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Sequence
 
 from e3jax import config
-from e3jax.distill.frozen import frozen_layers
+from e3jax.distill import freezing
 from e3jax.mask import read_mask
 from e3jax.models.config import ModelConfig
 from e3jax.models.params import (
@@ -165,11 +165,13 @@ def searched_rows(run: config.Run) -> int:
 
 def student_layers(run: config.Run, cfg: ModelConfig) -> tuple[Sequence[int], int]:
     """The layers of a run's student, and how many of the first ones are frozen: by its mask. Where
-    it has none yet, the first ones, all trained; layers may differ in their window."""
+    it has none yet, the first ones, all trained; layers may differ in their window. Baselines have
+    masks of their own, which may freeze nothing."""
     if run.distill.mask is None:
         return range(resolve_keep(run.search.keep, cfg.num_layers)), 0
-    keep = read_mask(pathlib.Path(run.distill.mask), cfg.num_layers).keep
-    return keep, frozen_layers(keep) if run.distill.freeze else 0
+    keep = read_mask(pathlib.Path(run.distill.mask).expanduser(), cfg.num_layers).keep
+    freezes = run.distill.freeze and not run.evaluate.baselines
+    return keep, freezing.frozen_layers(keep) if freezes else 0
 
 
 def student_config(run: config.Run, cfg: ModelConfig) -> ModelConfig:
@@ -225,7 +227,7 @@ class Pass:
     tokens: int  # of a micro-batch, on all devices
     micro: int  # micro-batches
     times: int  # that the weights are gathered and read: 1 forward, 3 with backward and remat
-    trained: bool = False
+    trained: int = 0  # parameters
 
 
 def _traffic(passes: list[Pass], mesh: Mesh) -> tuple[float, float, float]:
@@ -243,8 +245,10 @@ def _traffic(passes: list[Pass], mesh: Mesh) -> tuple[float, float, float]:
         # Two all-reduces of the residual stream a layer and pass; each moves it twice.
         inside += p.micro * p.times * 4 * split * here * cfg.width * 2 * cfg.num_layers
         if p.trained:
-            inside += p.micro * (gathered + head)  # gradients; the head's in float32
-            shard = params / (mesh.data * model)
+            inside += p.micro * gathered * p.trained / params  # gradients
+            if p.trained == params or not cfg.tied:
+                inside += p.micro * head  # its gradient is in float32
+            shard = p.trained / (mesh.data * model)
             memory += shard * WIDE * (8 + 2 * p.micro)  # parameters, two moments, gradients
             between += p.micro * 2 * shard * 2 * (mesh.replica - 1) / mesh.replica
     return memory, inside, between
@@ -257,7 +261,9 @@ def train_roofline(run: config.Run, cfg: ModelConfig, topology: Topology, mesh: 
     micro = batch // (recipe.microbatch or batch)
     tokens = batch * run.data.window // micro
     times = 2 if run.model.remat == "none" else 3
-    passes = [Pass(trained_config(run, cfg), tokens, micro, times, trained=True)]
+    trained, (_, frozen) = trained_config(run, cfg), student_layers(run, cfg)
+    embeddings = cfg.vocab_size * cfg.width if frozen else 0
+    passes = [Pass(trained, tokens, micro, times, count_params(trained) - embeddings)]
     if recipe.teacher == "online":
         passes.append(Pass(cfg, tokens, micro, 1))
     flops = train_flops(run, cfg) * tokens * micro

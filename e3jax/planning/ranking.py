@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from e3jax import config, job, mesh
+from e3jax.distill import freezing
 from e3jax.errors import UserError
 from e3jax.models import cudnn, decoder
 from e3jax.models.attention import see_all
@@ -122,15 +123,17 @@ def estimate(
     """Bytes a device of the step that needs more of them: arrays by their shards, work space by its
     greatest parts. Within 1.5 of the compiler's (tests/test_planning.py)."""
     recipe = run.distill
-    student = cost.trained_config(run, cfg)
+    keep, frozen = cost.student_layers(run, cfg)
+    student = cfg.take_layers(keep)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh(sizes.replica, sizes.data, sizes.model)):
-        wide = compile.local_bytes(decoder.abstract_params(student))
+        wide = compile.local_bytes(freezing.abstract_trained(student, frozen))
         dense = compile.local_bytes(decoder.abstract_params(cfg, jnp.dtype(source_dtype)))
     micro = recipe.together
     gradients = wide * (1 if micro == recipe.batch else 2)
     rows = -(-micro // sizes.shards)
     distill = 3 * wide + gradients + (0 if recipe.teacher == "cache" else dense)
-    distill += cost.activation_bytes(run, student, rows, sizes.model, trained=True)
+    trained = freezing.trained_config(student, frozen)
+    distill += cost.activation_bytes(run, trained, rows, sizes.model, trained=True)
     distill += _work_space(run, cfg, topology, rows, sizes.model)
     rows, search = -(-cost.searched_rows(run) // sizes.shards), dense
     if run.search.estimator != "score":

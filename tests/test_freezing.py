@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from e3jax import mesh
-from e3jax.distill import distill, frozen
+from e3jax.distill import distill, freezing
 from e3jax.evaluate.figures import make_figures
 from e3jax.models import decoder
 from e3jax.planning import compile, cost
@@ -31,7 +31,7 @@ HIDDEN = 0.7
     [((0, 1, 3), 1), ((0, 2, 3), 0), ((1, 2), 0), ((0, 1, 2), 2), ((0, 1, 2, 3, 7, 8), 3)],
 )
 def test_the_last_layer_before_the_cut_is_trained(keep, count):
-    assert frozen.frozen_layers(keep) == count
+    assert freezing.frozen_layers(keep) == count
 
 
 @functools.cache
@@ -46,13 +46,13 @@ def first_step(name, *sizes):
             student, spec, optimizer, teacher_cfg=cfg, keep=KEEP, frozen=FROZEN,
             dtype=jnp.float32, remat="none",
         )  # fmt: skip
-        own = frozen.trained(decoder.take_layers(dense, cfg, KEEP), student, FROZEN)
+        own = freezing.trained(decoder.take_layers(dense, cfg, KEEP), student, FROZEN)
         state = distill.init_state(own, optimizer, 2.0)
         like = distill.abstract_state(student, optimizer, FROZEN)
         assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, like)
         before = jax.device_get(state)
         after, said = step(state, dense, mesh.shard_batch(random_batch(0)), None)
-        joined = frozen.whole(after.params, dense, cfg, FROZEN)
+        joined = freezing.whole(after.params, dense, cfg, FROZEN)
         said = {key: float(value) for key, value in said.items()}
         return before, jax.device_get(after), said, jax.device_get(joined)
 
@@ -69,7 +69,7 @@ def written_out(own, name):
     see = lambda before, after: (before, after)
     h, (before, after) = decoder.hidden(dense, batch, cfg, dtype=jnp.float32, observe=see)
     logp = jax.nn.log_softmax(decoder.logits(dense, h, cfg))
-    params = frozen.whole(own, dense, cfg, FROZEN)
+    params = freezing.whole(own, dense, cfg, FROZEN)
     h, (_, found) = decoder.hidden(params, batch, student, dtype=jnp.float32, observe=see)
     logq = jax.nn.log_softmax(decoder.logits(params, h, student))
     aims = jnp.stack([*(before[layer] for layer in KEEP[1:]), after[-1]])
@@ -120,11 +120,11 @@ def test_eight_devices_give_the_step_of_one(name):
 def test_held_out_figures_are_those_of_the_whole_student(name):
     cfg, dense = MODELS[name], numbers(name)
     student = cfg.take_layers(KEEP)
-    own = frozen.trained(decoder.take_layers(dense, cfg, KEEP), student, FROZEN)
+    own = freezing.trained(decoder.take_layers(dense, cfg, KEEP), student, FROZEN)
     options = {"dtype": jnp.float32, "chunk": 32}
     batches = [random_batch(1)]
     found = make_figures(cfg, student, frozen=FROZEN, **options)(dense, own, batches)
-    whole = frozen.whole(own, dense, cfg, FROZEN)
+    whole = freezing.whole(own, dense, cfg, FROZEN)
     wanted = make_figures(cfg, student, **options)(dense, whole, batches)
     assert found.kl == pytest.approx(wanted.kl, rel=1e-5) and found.kl > 0.01
     assert found.perplexity == pytest.approx(wanted.perplexity, rel=1e-5)
@@ -141,7 +141,11 @@ def test_a_plan_counts_what_is_trained(tmp_path):
     mask = tmp_path / "mask.json"
     mask.write_text(json.dumps({"num_layers": 3, "keep": [0, 1]}))
     run = small_run(freeze=True, mask=str(mask))
-    run = dataclasses.replace(run, model=dataclasses.replace(run.model, remat="none"))
+    run = dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, remat="none"),
+        evaluate=dataclasses.replace(run.evaluate, baselines=()),
+    )
     layer, head = cost.body_flops(MODEL.take_layers((0,)), 64), cost.head_flops(MODEL)
     assert cost.train_flops(run, MODEL) == pytest.approx(3 * (layer + head) + 3 * layer + head)
     tied = dataclasses.replace(MODEL, tied=True)
@@ -151,6 +155,8 @@ def test_a_plan_counts_what_is_trained(tmp_path):
     assert arguments[0].params == {name: x for name, x in own.items() if name != "embed"}
     state, _ = step.eval_shape(*arguments)
     assert state.params.keys() == {"layers", "final_norm", "head"}
+    baselines = dataclasses.replace(run.evaluate, baselines=("shortgpt",))
+    assert cost.student_layers(dataclasses.replace(run, evaluate=baselines), MODEL)[1] == 0
 
 
 @pytest.mark.slow

@@ -1,9 +1,9 @@
-"""Recovery of what comes after the cut alone (`distill.freeze`): ours, not the paper's.
+"""Recovery of what comes after the cut (`distill.freeze`): ours, not the paper's.
 
 Up to the first layer removed the student is the dense model. If that part stays as it is, with the
 embeddings, one pass serves both models, and none of it has a gradient, master weights or moments.
-The last layer before the cut is trained: what it hands on is read where a removed layer's output
-used to be.
+The last layer before the cut is trained all the same: what it hands on is read where a removed
+layer's output used to be.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ from e3jax.models.head import Head
 
 
 def frozen_layers(keep: Sequence[int]) -> int:
-    """How many of the first layers stay: those that hand on to the same layer in both models."""
+    """How many of the first layers stay: those that hand on to the same layer in both models. Where
+    it is none the embeddings are trained too."""
     before = next((i for i, layer in enumerate(keep) if layer != i), len(keep))
     return max(0, before - 1)
 
@@ -29,8 +30,17 @@ def trained(params: Params, cfg: ModelConfig, frozen: int) -> Params:
     `trained_config` without embeddings; all of them where no layer is frozen."""
     if not frozen:
         return params
-    above = decoder.take_layers(params, cfg, range(frozen, cfg.num_layers))
-    return {name: w for name, w in above.items() if name != "embed"}
+    return _without_embeddings(decoder.take_layers(params, cfg, range(frozen, cfg.num_layers)))
+
+
+def abstract_trained(cfg: ModelConfig, frozen: int) -> Params:
+    """ShapeDtypeStructs of `trained`, with their shardings."""
+    params = decoder.abstract_params(trained_config(cfg, frozen))
+    return _without_embeddings(params) if frozen else params
+
+
+def _without_embeddings(params: Params) -> Params:
+    return {name: w for name, w in params.items() if name != "embed"}
 
 
 def trained_config(cfg: ModelConfig, frozen: int) -> ModelConfig:
@@ -44,10 +54,10 @@ def whole(own: Params, dense: Params, cfg: ModelConfig, frozen: int) -> Params:
     if not frozen:
         return own
     below = decoder.take_layers(dense, cfg, range(frozen))
-    below = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), below)
-    joined = own | {"embed": below["embed"]}
+    joined = own | {"embed": jnp.array(dense["embed"], jnp.float32)}  # a copy: dense goes on
     for name in cfg.stacks:
-        parts = [params[name] for params in (below, own) if name in params]
+        wide = jax.tree.map(lambda w: jnp.array(w, jnp.float32), below.get(name, {}))
+        parts = [part for part in (wide, own.get(name)) if part]
         if parts:
             joined[name] = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
     return joined
