@@ -12,7 +12,7 @@ from test_evaluate import by_definition, log_probabilities, student_params, unev
 from training_tiny import CFG, dense_params, set_mesh
 
 
-@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 4, 2)])
 def test_every_token_is_that_of_the_definition(sizes):
     dense, student, batches = dense_params(), student_params(), uneven_batches()

@@ -183,6 +183,7 @@ def test_count_params_is_what_transformers_counts(family, changes):
     assert jax.tree.structure(params) == jax.tree.structure(decoder.abstract_params(cfg))
 
 
+@pytest.mark.slow
 def test_init_scale():
     cfg = dataclasses.replace(
         EVERYTHING, width=64, mlp_width=128, num_layers=8, windows=(None,) * 8

@@ -137,6 +137,7 @@ def test_deepseek_r1(tmp_path):
     assert cut["first_k_dense_replace"] == 2 and "auto_map" not in cut
 
 
+@pytest.mark.slow
 def test_kimi_k2_and_layers_that_draft_tokens(tmp_path, caplog):
     """DeepSeek-V3 by another name; the layer behind the last is left out, and a line says so."""
     family, changes = CASES["deepseek_v3"]

@@ -128,6 +128,7 @@ def test_layers_apart_give_the_same_answers(tmp_path, case, monkeypatch):
     assert list(generate(generator, params, prompts, 8, NEW)) == stacked
 
 
+@pytest.mark.slow
 def test_a_cache_in_order_of_time_gives_the_same_answers(llama, monkeypatch):
     """As it is on TPUs."""
     prompts = random_prompts()
@@ -148,6 +149,7 @@ def test_weights_are_cast_once_but_norms(tmp_path):
     assert all(jax.tree.leaves(same))  # nothing to cast, so nothing is copied
 
 
+@pytest.mark.slow
 def test_decoding_past_the_context_of_a_dynamic_rope(tmp_path):
     """Each row stretches by its own length, as it does alone."""
     rope = {"rope_type": "dynamic", "factor": 4.0}

@@ -19,7 +19,7 @@ def gates_of(*removed):
     return jnp.array(kept, jnp.float32)
 
 
-@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 4096])
 @pytest.mark.parametrize("remat", ["none", "elementwise"])
 def test_hidden_states_are_those_of_each_model_alone(tokens, remat, monkeypatch):

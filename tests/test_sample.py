@@ -158,6 +158,7 @@ def mixed_requests():
     return [*found, dataclasses.replace(found[1], seed=8), Request(prompts[1], 24)]
 
 
+@pytest.mark.slow
 def test_a_request_gets_the_same_alone_and_in_company(llama):
     """Whatever the batch, the slot and the neighbours; the queue is longer than the slots."""
     requests = mixed_requests()

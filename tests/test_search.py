@@ -225,7 +225,7 @@ def test_masks_of_a_window_are_rows_to_straight_through():
     assert metrics == pytest.approx({k: float(v) for k, v in want_metrics.items()}, rel=1e-5)
 
 
-@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "estimator,masks,micro", [("mixed", 1, 1), ("mixed", 3, 4), ("score", 3, 2)]
 )

@@ -145,6 +145,7 @@ def test_bfloat16_parameters_are_added_up_in_float32():
     np.testing.assert_allclose(found, want, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_of_two_stacks():
     """Experts and the router count, norms and biases do not; layers keep their numbers."""
     cfg, params = MODELS["sparse"], numbers("sparse")

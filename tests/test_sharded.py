@@ -102,7 +102,7 @@ search_is_the_same = same_as_one_device(search_step, check_search)
 
 
 @cases("""
-1x2x4 odd mixed
+1x2x4 odd mixed *
 1x8x1 odd mixed *
 1x2x4 odd-norms mixed *
 1x2x4 even mixed *
