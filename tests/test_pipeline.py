@@ -456,6 +456,7 @@ def test_curves_leave_out_what_has_no_place(tmp_path):
     assert_drawn(tmp_path / "c.png")
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_the_first_step(place, tmp_path, monkeypatch):
     """Neither steps nor, once the first was done, the evaluations between them."""
     events: list[tuple[str, object]] = []
