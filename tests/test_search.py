@@ -292,6 +292,14 @@ def test_finds_planted_idle_layers(estimator):
     assert metrics["kept"] == 2
 
 
+def test_no_step_compiles_after_the_first():
+    spec = make_spec(estimator="score", steps=40, curriculum=0.3, lr=0.2)
+    take(spec, steps=1)
+    compiled = make_step(spec, 0)._cache_size()
+    take(spec, steps=4)
+    assert make_step(spec, 0)._cache_size() == compiled
+
+
 def test_protected_and_forced_layers_do_not_move():
     spec = make_spec(estimator="mixed", protect=(0,), force=(-1,))
     theta = take(spec, steps=2)[0].theta
