@@ -48,8 +48,8 @@ def recover(
     name = "distill" if folder is None else folder.name
     student_cfg = job_.cfg.take_layers(mask.keep)
     frozen = 0
-    if recipe.freeze:  # what others are merged into is not the dense model's any more
-        frozen = min([freezing.frozen_layers(mask.keep), *(into for into, _ in mask.merges)])
+    if recipe.freeze:
+        frozen = freezing.frozen_layers(mask.keep, mask.merges)
         log.info("%s: %d of %d layers stay as they are", name, frozen, len(mask.keep))
 
     def entropy() -> float:

@@ -32,6 +32,7 @@ HIDDEN = 0.7
 )
 def test_the_last_layer_before_the_cut_is_trained(keep, count):
     assert freezing.frozen_layers(keep) == count
+    assert freezing.frozen_layers(keep, [(0, (4,))]) == 0  # it is not the dense model's any more
 
 
 @functools.cache

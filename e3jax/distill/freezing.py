@@ -18,11 +18,11 @@ from e3jax.models.decoder import Batch, Params
 from e3jax.models.head import Head
 
 
-def frozen_layers(keep: Sequence[int]) -> int:
-    """How many of the first layers stay: those that hand on to the same layer in both models. Where
-    it is none the embeddings are trained too."""
+def frozen_layers(keep: Sequence[int], merges: Sequence[tuple[int, Sequence[int]]] = ()) -> int:
+    """How many of the first layers stay: those that hand on to the same layer in both models, and
+    into which no other is merged (Mask.merges). Where it is none the embeddings are trained too."""
     before = next((i for i, layer in enumerate(keep) if layer != i), len(keep))
-    return max(0, before - 1)
+    return min([max(0, before - 1), *(into for into, _ in merges)])
 
 
 def trained(params: Params, cfg: ModelConfig, frozen: int) -> Params:

@@ -169,9 +169,9 @@ def student_layers(run: config.Run, cfg: ModelConfig) -> tuple[Sequence[int], in
     masks of their own, which may freeze nothing."""
     if run.distill.mask is None:
         return range(resolve_keep(run.search.keep, cfg.num_layers)), 0
-    keep = read_mask(pathlib.Path(run.distill.mask).expanduser(), cfg.num_layers).keep
+    mask = read_mask(pathlib.Path(run.distill.mask).expanduser(), cfg.num_layers)
     freezes = run.distill.freeze and not run.evaluate.baselines
-    return keep, freezing.frozen_layers(keep) if freezes else 0
+    return mask.keep, freezing.frozen_layers(mask.keep, mask.merges) if freezes else 0
 
 
 def student_config(run: config.Run, cfg: ModelConfig) -> ModelConfig:

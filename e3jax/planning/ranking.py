@@ -132,7 +132,7 @@ def estimate(
     gradients = wide * (1 if micro == recipe.batch else 2)
     rows = -(-micro // sizes.shards)
     distill = 3 * wide + gradients + (0 if recipe.teacher == "cache" else dense)
-    trained = freezing.trained_config(student, frozen)
+    trained = cost.trained_config(run, cfg)
     distill += cost.activation_bytes(run, trained, rows, sizes.model, trained=True)
     distill += _work_space(run, cfg, topology, rows, sizes.model)
     rows, search = -(-cost.searched_rows(run) // sizes.shards), dense
