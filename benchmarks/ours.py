@@ -95,10 +95,10 @@ def search_arm(options, arm, dense, rows, stack):
         protect=tuple(range(arm.first)),
     )  # fmt: skip
     take = search.make_search_step(
-        dense, spec, seed=0, dtype=jnp.bfloat16, remat=arm.remat, chunk=options.chunk
+        dense, spec, dtype=jnp.bfloat16, remat=arm.remat, chunk=options.chunk
     )
     params = decoder.init_params(jax.random.key(0), dense, jnp.bfloat16)
-    state = mesh.replicate(search.init_state(jnp.zeros(dense.num_layers), spec))
+    state = mesh.replicate(search.init_state(jnp.zeros(dense.num_layers), spec, 0))
     batch = whole_batch(random_windows(rows, options.documents), rows)
     return take, state, itertools.repeat((params, batch)), "loss"
 

@@ -21,11 +21,10 @@ import time
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import yaml  # noqa: E402
 
-from e3jax import configure, job, recovery  # noqa: E402
+from e3jax import cli, configure, job, recovery  # noqa: E402
 from e3jax.evaluate.behaviour import make_tokens  # noqa: E402
 from e3jax.evaluate.intervals import apart  # noqa: E402
 from e3jax.mask import read_mask  # noqa: E402
@@ -34,8 +33,8 @@ from e3jax.mask import read_mask  # noqa: E402
 def main() -> None:
     options = parse()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    jax.config.update("jax_threefry_partitionable", True)
     base = configure.load_run(options.config, [*options.overrides, f"out={options.folder}"])
+    cli.prepare_jax(base)
     path = options.folder / "results.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     with job.open_mesh(base.mesh):

@@ -21,11 +21,10 @@ import time
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import yaml  # noqa: E402
 
-from e3jax import choice, configure, job  # noqa: E402
+from e3jax import choice, cli, configure, job  # noqa: E402
 from e3jax.evaluate.figures import make_figures  # noqa: E402
 from e3jax.training.metrics import read_metrics  # noqa: E402
 
@@ -33,8 +32,8 @@ from e3jax.training.metrics import read_metrics  # noqa: E402
 def main() -> None:
     options = parse()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    jax.config.update("jax_threefry_partitionable", True)
     base = configure.load_run(options.config, [*options.overrides, f"out={options.folder}"])
+    cli.prepare_jax(base)
     rows = []
     with job.open_mesh(base.mesh):
         dense = job.open_job(base)

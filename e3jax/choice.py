@@ -78,7 +78,6 @@ def search_mask(job_: Job) -> Mask:
     take_step = search.make_search_step(
         cfg,
         spec,
-        seed=run.seed,
         dtype=job_.dtype,
         remat=run.model.remat,
         chunk=run.distill.chunk,
@@ -117,7 +116,7 @@ def search_mask(job_: Job) -> Mask:
     state = fit(
         "search",
         step,
-        lambda: mesh.replicate(search.init_state(theta, spec)),
+        lambda: mesh.replicate(search.init_state(theta, spec, run.seed)),
         job.step_batches(job_.train, spec.batch, job.data_seed(run, "search")),
         like=search.abstract_state(cfg, spec),
         steps=spec.steps,

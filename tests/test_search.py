@@ -34,8 +34,8 @@ def make_spec(**changes) -> config.Search:
 
 
 @functools.cache
-def make_step(spec: config.Search, seed: int = 0, remat: str = "layer"):
-    return search.make_search_step(CFG, spec, seed=seed, dtype=jnp.float32, remat=remat, chunk=32)
+def make_step(spec: config.Search, remat: str = "layer"):
+    return search.make_search_step(CFG, spec, dtype=jnp.float32, remat=remat, chunk=32)
 
 
 params_once = functools.cache(dense_params)
@@ -47,11 +47,9 @@ def take(spec, steps=1, params=None, seed=0, theta=THETA):
     if mesh.current() is not None:
         table = decoder.abstract_params(CFG)
         params = jax.tree.map(lambda w, like: jax.device_put(w, like.sharding), params, table)
-    state = mesh.replicate(search.init_state(theta, spec))
+    state = mesh.replicate(search.init_state(theta, spec, seed))
     for number in range(steps):
-        state, metrics = make_step(spec, seed)(
-            state, params, mesh.shard_batch(random_batch(number))
-        )
+        state, metrics = make_step(spec)(state, params, mesh.shard_batch(random_batch(number)))
     return jax.device_get(state), {k: float(v) for k, v in metrics.items()}
 
 
@@ -184,7 +182,7 @@ def test_no_weight_has_a_gradient():
         return jnp.sum(h)
 
     assert weights & set(scan_outputs(jax.make_jaxpr(jax.grad(trained))(params).jaxpr))
-    state = search.init_state(THETA, spec)
+    state = search.init_state(THETA, spec, 0)
     step = jax.make_jaxpr(make_step(spec))(state, params, batch)
     assert not weights & set(scan_outputs(step.jaxpr))
 
@@ -219,7 +217,7 @@ def test_masks_of_a_window_are_rows_to_straight_through():
     found, metrics = take(spec)
     twice = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), random_batch(0))
     plain = make_spec(estimator="straight_through", batch=2 * ROWS)
-    want, want_metrics = make_step(plain)(search.init_state(THETA, plain), params_once(), twice)
+    want, want_metrics = make_step(plain)(search.init_state(THETA, plain, 0), params_once(), twice)
     np.testing.assert_allclose(found.gate_scale, want.gate_scale, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(found.theta, want.theta, rtol=1e-5)
     assert metrics == pytest.approx({k: float(v) for k, v in want_metrics.items()}, rel=1e-5)
@@ -267,7 +265,7 @@ def test_the_seed_decides():
 def test_each_step_draws_anew():
     """The same batch and theta at other steps: other masks, so another loss."""
     spec, batch = make_spec(), random_batch(0)
-    states = [search.init_state(THETA, spec).replace(step=jnp.int32(n)) for n in (0, 1, 2, 2)]
+    states = [search.init_state(THETA, spec, 0).replace(step=jnp.int32(n)) for n in (0, 1, 2, 2)]
     losses = [float(make_step(spec)(state, params_once(), batch)[1]["loss"]) for state in states]
     assert len(set(losses)) == 3 and losses[2] == losses[3]
 
@@ -292,12 +290,13 @@ def test_finds_planted_idle_layers(estimator):
     assert metrics["kept"] == 2
 
 
-def test_no_step_compiles_after_the_first():
+def test_no_step_compiles_after_the_first_nor_for_another_seed():
     spec = make_spec(estimator="score", steps=40, curriculum=0.3, lr=0.2)
     take(spec, steps=1)
-    compiled = make_step(spec, 0)._cache_size()
-    take(spec, steps=4)
-    assert make_step(spec, 0)._cache_size() == compiled
+    compiled = make_step(spec)._cache_size()
+    first, second = take(spec, steps=4)[0], take(spec, steps=4, seed=1)[0]
+    assert make_step(spec)._cache_size() == compiled
+    assert np.any(first.drawn != second.drawn)
 
 
 def test_protected_and_forced_layers_do_not_move():

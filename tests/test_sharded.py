@@ -86,8 +86,8 @@ SEARCHES = {
 def search_step(name, estimator):
     changes = SEARCHES[estimator]
     spec = config.Search(keep=2, steps=10, batch=8, curriculum=0.0, tau=(1.0, 0.5), **changes)
-    step = search.make_search_step(MODELS[name], spec, seed=0, remat="none", **OPTIONS)
-    state = mesh.replicate(search.init_state(jnp.asarray(THETA), spec))
+    step = search.make_search_step(MODELS[name], spec, remat="none", **OPTIONS)
+    state = mesh.replicate(search.init_state(jnp.asarray(THETA), spec, 0))
     state, metrics = step(state, placed(name), mesh.shard_batch(random_batch(0)))
     return {"gradient": state.opt_state[0].mu * 10, "theta": state.theta}, metrics
 

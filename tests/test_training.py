@@ -388,14 +388,14 @@ def make_search():
     spec = config.Search(keep=3, steps=STEPS, batch=8, estimator="mixed")
     step, params = search_step(spec, jax.sharding.get_mesh())
     theta = np.linspace(-1, 1, CFG.num_layers).astype(np.float32)
-    state = mesh.replicate(search.init_state(theta, spec))
+    state = mesh.replicate(search.init_state(theta, spec, 0))
     like = search.abstract_state(CFG, spec)
     return state, like, lambda state, batch: step(state, params, batch), step
 
 
 @functools.cache
 def search_step(spec, _):
-    made = search.make_search_step(CFG, spec, seed=0, dtype=jnp.float32, remat="none", chunk=32)
+    made = search.make_search_step(CFG, spec, dtype=jnp.float32, remat="none", chunk=32)
     return made, dense_params()
 
 

@@ -37,7 +37,7 @@ __all__ = [
 @strict
 class Run:
     out: str = Field(description="run folder")
-    seed: int = Field(default=0, ge=0, description="decides every random draw")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="decides every random draw")
     deterministic: bool = Field(default=False, description="bitwise repeatable on GPU, slower")
     keep_checkpoints: int = Field(default=2, ge=1, description="that stay, beside the best one")
     wandb: str | None = Field(default=None, description="Weights & Biases project, if installed")

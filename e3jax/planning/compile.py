@@ -110,7 +110,6 @@ def search_inputs(run: config.Run, cfg: ModelConfig, source_dtype: str) -> tuple
     step = search.make_search_step(
         cfg,
         spec,
-        seed=run.seed,
         dtype=job.DTYPES[run.model.dtype],
         remat=run.model.remat,
         chunk=run.distill.chunk,

@@ -31,6 +31,7 @@ class SearchState:
     """Everything the search carries from step to step; all of it is checkpointed."""
 
     step: jax.Array  # int32
+    seed: jax.Array  # uint32, of the masks drawn: no constant of the step, so seeds share a program
     theta: jax.Array  # float32 [L], the layer-mask parameter vector
     opt_state: Any
     gate_scale: jax.Array  # float32 [L], running root mean square of the straight-through gradient
@@ -82,12 +83,13 @@ def make_theta_optimizer(spec: config.Search) -> optax.GradientTransformation:
     return optax.adam(spec.lr, b1=0.9, b2=0.99, eps=1e-8)
 
 
-def init_state(theta_l: jax.Array, spec: config.Search) -> SearchState:
+def init_state(theta_l: jax.Array, spec: config.Search, seed: int) -> SearchState:
     """The state before the first step."""
     theta = jnp.array(theta_l, jnp.float32)  # a copy: the step takes the state's memory
     rows = (spec.steps, spec.batch * spec.masks_per_window)
     return SearchState(
         step=jnp.int32(0),
+        seed=jnp.uint32(seed),
         theta=theta,
         opt_state=make_theta_optimizer(spec).init(theta),
         gate_scale=jnp.zeros_like(theta),
@@ -102,14 +104,13 @@ def init_state(theta_l: jax.Array, spec: config.Search) -> SearchState:
 def abstract_state(cfg: ModelConfig, spec: config.Search) -> SearchState:
     """ShapeDtypeStructs of `init_state`, whole on every device of the mesh that is set."""
     theta = jax.ShapeDtypeStruct((cfg.num_layers,), jnp.float32)
-    return mesh.abstract(jax.eval_shape(lambda theta: init_state(theta, spec), theta))
+    return mesh.abstract(jax.eval_shape(lambda theta: init_state(theta, spec, 0), theta))
 
 
 def make_search_step(
     cfg: ModelConfig,
     spec: config.Search,
     *,
-    seed: int,
     dtype: Any,
     remat: str,
     chunk: int,
@@ -159,7 +160,7 @@ def make_search_step(
         return flat(gumbel.advantage(*rows))
 
     def step(state: SearchState, params: Params, batch: Batch):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         k = gumbel.curriculum(state.step, spec.steps, spec.curriculum, above, keep)
         tau = gumbel.temperature(state.step, spec.steps, spec.tau)
         count = batch.tokens.shape[0]
