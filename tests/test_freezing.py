@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from e3jax.training.optim import make_optimizer
 from planning_tiny import MODEL, small_run
 from sharded_tiny import MODELS, numbers
 from test_pipeline import command, write_job
+from test_restart import final_state, start, stderr, stop, write_configuration
 from training_tiny import assert_bitwise, assert_close, random_batch, recipe, set_mesh
 
 KEEP, FROZEN = (0, 1, 3), 1
@@ -176,3 +178,25 @@ def test_the_export_has_the_dense_models_first_layers(tmp_path):
         theirs = name.replace("layers.2.", "layers.3.")
         same = np.array_equal(cut[name], dense[theirs])
         assert same == (name in stay), name
+
+
+@pytest.mark.slow
+def test_killed_it_ends_with_the_same_bits(tmp_path):
+    configuration, mask = write_configuration(tmp_path), tmp_path / "mask.json"
+    mask.write_text(json.dumps({"num_layers": 4, "keep": list(KEEP)}))
+
+    def begin(out):
+        return start(
+            configuration, "distill", "distill.freeze=true", f"distill.mask={mask}", f"out={out}"
+        )
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = begin(whole)
+    assert process.wait(300) == 0, stderr(configuration)
+    process = begin(killed)
+    record = killed / "distill" / "metrics.jsonl"
+    assert stop(configuration, process, record, 25, signal.SIGKILL) == -signal.SIGKILL
+    process = begin(killed)
+    assert process.wait(300) == 0, stderr(configuration)
+    assert "distill: going on from the checkpoint of step" in stderr(configuration)
+    assert_bitwise(final_state(killed), final_state(whole))
