@@ -66,12 +66,10 @@ def write_lines(path: pathlib.Path, texts: list[str]) -> None:
 
 
 def write_tokenizer(folder: pathlib.Path, texts: list[str], vocabulary: int) -> None:
-    """Digits one by one, so that numbers are read as they are written."""
+    """The task's words and numbers are a token each, with the space before them."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    split = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=list(SPECIAL),

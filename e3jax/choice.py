@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e3jax import config, files, job, mesh, processes, recovery
+from e3jax import config, files, job, mesh, processes, recovery, refinement
 from e3jax.data.windows import Windows
 from e3jax.errors import Diverged, UserError
 from e3jax.evaluate.figures import make_figures
@@ -32,8 +32,6 @@ from e3jax.training.metrics import read_metrics
 
 log = logging.getLogger(__name__)
 
-RACE = 4  # windows that a batch of the refinement has
-
 
 def search_mask(job_: Job) -> Mask:
     """Stage 1: search/mask.json, by the Gumbel-TopK search."""
@@ -44,7 +42,9 @@ def search_mask(job_: Job) -> Mask:
     fixed = {"keep": keep, "protect_l": protect, "force_l": force}
     decides = dataclasses.asdict(spec)  # of the steps; what ends the search is apart
     trials = {key: decides.pop(key) for key in ("candidates", "candidate_steps")}
-    refined = {key: decides.pop(key) for key in ("refine", "refine_windows")}
+    refined = {key: decides.pop(key) for key in ("refine", "refine_windows", "adapt_steps")}
+    if not refined["adapt_steps"]:
+        del refined["adapt_steps"]
     for key in ("target", "checkpoint_every", "microbatch", "start"):
         del decides[key]
     start = _start(spec, cfg)
@@ -56,6 +56,8 @@ def search_mask(job_: Job) -> Mask:
     facts = dict(inputs)
     if spec.refine:
         facts["refined"] = refined
+        if spec.adapt_steps:
+            facts["adapted"] = _trial_recipe(run)
     if spec.candidates > 1:
         facts["trials"] = trials | _trial_recipe(run)
     path = folder / "mask.json"
@@ -127,7 +129,7 @@ def search_mask(job_: Job) -> Mask:
         evaluate_every=spec.score_every,
         keep=run.keep_checkpoints,
     )
-    answers, raced = _answers(job_, state, figures, fixed)
+    answers, refined_tokens = refinement.answers(job_, state, figures, fixed)
     best, tried = answers[0], 0.0
     if spec.candidates > 1 and len(answers) > 1:
         best, tried = _recovered_best(job_, answers[: spec.candidates], fixed)
@@ -145,8 +147,8 @@ def search_mask(job_: Job) -> Mask:
         theta=tuple(best.theta.tolist()),
         scores=tuple(importance_l.tolist()),
         kl=best.kl,
-        tokens=int(state.tokens) + int(raced + tried) + spent,
-        teacher_tokens=round((spec.loss == "kl") * searched + scored + raced + tried)
+        tokens=int(state.tokens) + int(refined_tokens + tried) + spent,
+        teacher_tokens=round((spec.loss == "kl") * searched + scored + refined_tokens + tried)
         + (start.teacher_tokens if start is not None else 0),
         seed=run.seed,
         checkpoint=job_.identity,
@@ -154,6 +156,7 @@ def search_mask(job_: Job) -> Mask:
     )
     if processes.is_first():
         files.write_json(path, mask)
+    refinement.forget(job_.out)
     log.info("search: keeping layers %s, held-out KL %.4f", list(mask.keep), mask.kl)
     return mask
 
@@ -170,61 +173,6 @@ def _start(spec: config.Search, cfg: ModelConfig) -> Mask | None:
             "expected the search/mask.json of a run"
         )
     return found
-
-
-def _answers(
-    job_: Job, state: search.SearchState, figures: Callable, fixed: dict[str, Any]
-) -> tuple[list[Measured], float]:
-    """What the search found, the best first, and the tokens of its refinement. Without one: every
-    answer that was scored."""
-    spec, theta = job_.run.search, np.asarray(state.best_theta)
-    if not spec.refine:
-        lines = processes.from_first(lambda: read_metrics(job_.out / "search"))
-        scored = [x for x in lines if "held_out_kl" in x]
-        found = [
-            Measured(np.array(x["theta"], np.float32), refine.finite(x["held_out_kl"]))
-            for x in scored
-        ]
-        best, answers = Measured(theta, float(state.best_kl)), {}
-        for each in [best, *sorted(found, key=lambda x: x.kl)]:
-            answers.setdefault(gumbel.answer(each.theta, **fixed).tobytes(), each)
-        return list(answers.values()), 0.0
-    windows = min(spec.refine_windows, len(job_.held_out))
-    rows = job.rows_per_batch(min(RACE, spec.together, windows))
-    batches = list(job.ordered(job_.held_out, rows, windows))
-    known: dict[tuple[bytes, int], list[tuple[float, float]]] = {}
-    spent = 0.0
-
-    def score(kept: np.ndarray, number: int) -> tuple[float, float]:
-        """Of RACE windows, whatever a batch has: that depends on the devices."""
-        nonlocal spent
-        part = range(number * RACE, min((number + 1) * RACE, windows))
-        name, keep = kept.tobytes(), np.flatnonzero(kept)
-        for at in {window // rows for window in part}:
-            if (name, at) not in known:
-                found = figures(job_.params, job_.params, [batches[at]], keep, each_window=True)
-                known[name, at] = found.windows
-        spent += np.count_nonzero(job_.held_out.segments[list(part)])
-        kl, tokens = zip(*(known[name, n // rows][n % rows] for n in part), strict=True)
-        return sum(kl), sum(tokens)
-
-    count = -(-windows // RACE)
-    budget = -(-spec.refine * spec.score_windows // min(RACE, windows))
-    steps = spec.steps if spec.loss == "kl" else 0  # a cross-entropy tells of another scale
-    drawn, log_loss = np.asarray(state.drawn)[:steps], np.asarray(state.log_loss)[:steps]
-    seen = refine.drawn(drawn, log_loss, fixed["keep"], spec.masks_per_window)
-    found = refine.refine(
-        theta,
-        seen,
-        score,
-        batches=count,
-        windows=min(RACE, windows),
-        budget=budget,
-        seed=job_.run.seed,
-        answers=max(1, spec.candidates),
-        **fixed,
-    )
-    return found, spent
 
 
 def _trial_recipe(run: config.Run) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def check_batches(run: config.Run, command: str) -> None:
     if run.distill.mask is None or command == "search":
         mesh.check_shared("search.batch", run.search.batch)
         mesh.check_shared("search.microbatch", run.search.together)
-    if command == "search" and run.search.candidates == 1:
+    if command == "search" and run.search.candidates == 1 and not run.search.adapt_steps:
         return
     mesh.check_shared("distill.batch", run.distill.batch)
     mesh.check_shared("distill.microbatch", run.distill.together)

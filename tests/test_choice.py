@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from e3jax import choice, cli, files, recovery
+from e3jax import choice, cli, files, job, recovery, refinement
 from e3jax.errors import Diverged
 from e3jax.training import loop
 from test_pipeline import write_job
@@ -46,6 +46,52 @@ def test_the_refinement_does_not_depend_on_the_devices(place, monkeypatch):
     more = eight["tokens"] - without["tokens"]
     assert more == eight["teacher_tokens"] - without["teacher_tokens"]
     assert more <= 8 * 8 * 96 + 20 * 96  # as the budget has it
+
+
+@pytest.mark.slow
+def test_answers_are_scored_with_weights_that_learnt_to_do_without_layers(place, monkeypatch):
+    """Of those weights the mask has the KL; what they cost is counted; on other devices, and after
+    a kill, they are the same; and they do not stay."""
+    refined = ("search.refine=4", "search.refine_windows=8")
+    plain = searched(place, "as-they-are", *refined)
+    adapt = (*refined, "search.adapt_steps=8", "distill.optimizer.lr=3e-3")
+    seen, real = [], refinement._adapted
+    monkeypatch.setattr(
+        refinement, "_adapted", lambda *given: seen.append((given, real(*given))) or seen[-1][1]
+    )
+    mask = searched(place, "adapted", *adapt)
+    ((job_, _, figures, _), (params, spent)), *_ = seen
+    with job.open_mesh(job_.run.mesh):
+        batches = list(job.ordered(job_.held_out, 8, 8))
+        kl = figures(job_.params, params, batches, np.array(mask["keep"])).kl
+        assert mask["kl"] == pytest.approx(kl, rel=1e-4)
+        assert kl < 0.9 * figures(job_.params, job_.params, batches, np.array(mask["keep"])).kl
+    # The refinements may differ by what their answers were scored on.
+    assert 0 < spent <= mask["tokens"] - plain["tokens"] + 4 * 8 * 96
+    assert not (place / "adapted" / "search" / "adapted" / "checkpoints").exists()
+    two = searched(place, "adapted-two", "mesh.data=2", "mesh.model=4", *adapt)
+    assert two["keep"] == mask["keep"] and two["kl"] == pytest.approx(mask["kl"], rel=1e-3)
+
+    def stop(*_, **__):
+        raise RuntimeError("planted")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="planted"):
+        patched.setattr("e3jax.search.refine.refine", stop)
+        searched(place, "killed", *adapt)
+    steps = []
+    fit = refinement.fit
+    monkeypatch.setattr(refinement, "fit", lambda *x, **y: steps.append(x[0]) or fit(*x, **y))
+    monkeypatch.setattr(loop, "prefetch", stop)  # a step would be taken again
+    assert searched(place, "killed", *adapt) == mask and steps == ["adapt"]
+
+
+def test_adapted_weights_need_answers_to_score(place, capsys):
+    command = ["search", "--config", str(place / "run.yaml"), f"out={place}/refused-too"]
+    assert cli.main([*command, "search.adapt_steps=2"]) == 2
+    assert "it needs refine above 0" in capsys.readouterr().err
+    command += ["search.adapt_steps=2", "search.refine=2"]
+    assert cli.main([*command, "distill.batch=3", "mesh.data=8"]) == 2
+    assert "distill.batch=3" in capsys.readouterr().err
 
 
 @pytest.mark.slow

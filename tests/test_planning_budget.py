@@ -126,6 +126,16 @@ def test_candidates_are_recovered_for_a_while(small):
     assert found.candidate_tokens == tokens == found.tokens - before.tokens
 
 
+def test_all_layers_are_trained_for_a_while(small):
+    run, cfg = small
+    spec = dataclasses.replace(run.search, refine=2, adapt_steps=5)
+    found = budget.make_budget(dataclasses.replace(run, search=spec), cfg, "bfloat16")
+    spec = dataclasses.replace(spec, adapt_steps=0)
+    before = budget.make_budget(dataclasses.replace(run, search=spec), cfg, "bfloat16")
+    assert found.adapt_tokens == (5 * 2 + 2 * 7) * 100 == found.tokens - before.tokens
+    assert before.adapt_tokens == 0
+
+
 @pytest.mark.parametrize(("keep", "count"), [(0.5, 24), (0.75, 36), (24, 24), (1, 1), (47, 47)])
 def test_keep_is_a_count_or_a_share(small, keep, count):
     run, _ = small

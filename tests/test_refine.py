@@ -1,4 +1,4 @@
-"""The end of the search: what it proposes, what it spends, when a race is given up."""
+"""The end of the search: what it proposes, what it spends, what it finds."""
 
 import itertools
 
@@ -13,7 +13,9 @@ FIXED = {"keep": KEEP, "protect_l": PROTECT, "force_l": FORCE}
 ALL = [
     np.isin(np.arange(L), (0, *inside)) for inside in itertools.combinations(range(1, 8), KEEP - 1)
 ]
-NOBODY = surrogate.Scored(np.zeros((0, L), bool), np.zeros(0), np.zeros(0, int), np.zeros(0))
+NOBODY = surrogate.Scored(
+    np.zeros((0, L), bool), np.zeros(0), np.zeros(0, int), np.zeros(0), np.zeros(0, bool)
+)
 
 
 def landscape(seed, pair=0.3):
@@ -63,11 +65,11 @@ def test_the_best_of_all_is_found(seed):
 def test_noise_seldom_hides_it():
     """Scores that are off by a tenth: the best, or one a twentieth worse, in nine of ten."""
     near = 0
-    for seed in range(30):
+    for seed in range(20):
         log_kl, best = landscape(seed)
-        found, _ = refined(log_kl, seed=seed, noise=0.1, batches=20, budget=150)
+        found, _ = refined(log_kl, seed=seed, noise=0.1, batches=20, budget=100)
         near += log_kl[kept(found[0])] <= log_kl[best] + 0.05
-    assert near >= 27
+    assert near >= 18
 
 
 @pytest.mark.parametrize("budget", [0, 1, 7, 40])
@@ -78,10 +80,11 @@ def test_no_more_than_the_budget_and_the_result(budget):
 
 
 def test_a_small_budget_proposes_too():
-    """Half of four batches, less than a round: the search's own answer, for nothing else is known,
-    and another."""
-    found, asked = refined(landscape(0)[0], budget=4, answers=9)
-    assert len(found) == len({name for name, _ in asked}) == 2
+    """Four batches, less than a round: nothing is known, so the samples' answers, on the same
+    windows."""
+    found, asked = refined(landscape(0)[0], budget=4, answers=1)
+    assert len(found) == 1 and len({name for name, _ in asked[:4]}) == 4
+    assert {number for _, number in asked[:4]} == {0}
 
 
 def test_what_the_search_saw_is_where_it_begins():
@@ -90,17 +93,17 @@ def test_what_the_search_saw_is_where_it_begins():
     first = []
     for told in (True, False):
         right = 0
-        for seed in range(10):
+        for seed in range(6):
             log_kl, best = landscape(seed)
             rng = np.random.default_rng(seed)
             masks = np.array([ALL[i] for i in rng.integers(len(ALL), size=200)])
             losses = np.array([log_kl[m.tobytes()] for m in masks]) + 0.05 * rng.normal(size=200)
             seen = refine.drawn(masks[:, None], losses[:, None], KEEP, 1)
             seen = seen._replace(group=np.zeros(len(masks), int))
-            _, asked = refined(log_kl, seen=seen if told else NOBODY, seed=seed, budget=100)
+            _, asked = refined(log_kl, seen=seen if told else NOBODY, seed=seed, budget=1)
             right += asked[0][0] == best
         first.append(right)
-    assert first[0] >= 8 and first[1] <= 4
+    assert first[0] >= 5 and first[1] <= 2
 
 
 @pytest.mark.parametrize("batches", [1, 3])
@@ -155,19 +158,6 @@ def test_masks_of_the_search():
         fine = np.isfinite(log_loss[1:]).ravel()
         np.testing.assert_array_equal(found.removed, ~keep[1:].reshape(-1, L)[fine])
         np.testing.assert_array_equal(found.log_kl, log_loss[1:].ravel()[fine])
-
-
-def test_a_race_is_decided_when_it_is_sure():
-    """Two batches show that an answer is much worse, four that it is much better; differences as
-    small as the noise take all."""
-    assert refine._verdict(np.array([1.0]), False) is None
-    assert refine._verdict(np.array([1.0, 1.1]), False) is False
-    assert refine._verdict(np.array([-1.0, -1.1]), False) is None
-    assert refine._verdict(np.array([-1.0, -1.1, -0.9, -1.0]), False) is True
-    even = np.array([-1.0, 1.0, -1.0, 1.0, -0.5])
-    assert refine._verdict(even, False) is None and refine._verdict(even, True) is True
-    assert refine._verdict(np.array([np.inf]), False) is False
-    assert refine._verdict(np.array([-np.inf]), False) is True
 
 
 def test_an_answer_that_overflows_is_the_worst():

@@ -32,7 +32,7 @@ ORDER = (
     {"search", "selectors"},
     {"job", "mask", "target"},
     {"evaluate", "planning", "teaching"},
-    {"recovery"},
+    {"recovery", "refinement"},
     {"choice"},
     {"from_mask", "inspection", "outputs", "report"},
     {"rehearsal", "comparison", "bench"},

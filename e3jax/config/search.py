@@ -74,10 +74,15 @@ class Search:
     refine: int = Field(
         default=0,
         ge=0,
-        description="answers proposed and raced at the end: so many times score_windows are spent",
+        description="answers proposed and scored at the end: so many times score_windows are spent",
     )
     refine_windows: int = Field(
-        default=64, ge=1, description="held-out windows that decide a race, at most"
+        default=64, ge=1, description="held-out windows that those scores are on, at most"
+    )
+    adapt_steps: int = Field(
+        default=0,
+        ge=0,
+        description="steps before them in which weights learn to do without layers, for the scores",
     )
     candidates: int = Field(
         default=1,
@@ -95,6 +100,11 @@ class Search:
             raise ValueError(
                 f"estimator={self.estimator} compares masks: it needs masks=row and batch of 2 or"
                 f" more, or masks_per_window, not masks={self.masks} and batch={self.batch}"
+            )
+        if self.adapt_steps and not self.refine:
+            raise ValueError(
+                f"adapt_steps={self.adapt_steps} is for the scores of refine: it needs refine above"
+                " 0, such as 36"
             )
         if self.masks == "batch" and self.masks_per_window > 1:
             raise ValueError(

@@ -74,6 +74,7 @@ def make_train_step(
     teacher_cfg: ModelConfig | None,
     keep: Sequence[int] | None = None,
     frozen: int = 0,
+    gates: Callable[[jax.Array, int], jax.Array] | None = None,
     dtype: Any,
     remat: str,
 ) -> Callable[[TrainState, Params | None, Batch, losses.TopK | None], tuple[TrainState, dict]]:
@@ -82,15 +83,20 @@ def make_train_step(
     cfg: the student's. The teacher's parameters are for `teacher: online`, the stored rows for
     `cache`; both are None for `none`. keep: the teacher's layers that the student has, for
     `recipe.hidden`. frozen: the first so many of them stay as they are, with the embeddings, and
-    the state has the other parameters alone (freezing.py); the teacher must be online. Metrics are
-    float32 scalars, averages over tokens.
+    the state has the other parameters alone (freezing.py); the teacher must be online. gates: (the
+    step's number, rows) -> float32 [B, L], the student's layers that each row has, all if None.
+    Metrics are float32 scalars, averages over tokens.
     """
     objective = losses.Objective.of(recipe)
     count = recipe.batch // recipe.together
 
     def step(state: TrainState, teacher: Params | None, batch: Batch, stored: losses.TopK | None):
-        def sums_fn(params: Params, micro: tuple[Batch, losses.TopK | None]) -> Any:
-            rows, known = micro
+        gates_bl = None if gates is None else gates(state.step, batch.tokens.shape[0])
+
+        def sums_fn(
+            params: Params, micro: tuple[Batch, losses.TopK | None, jax.Array | None]
+        ) -> Any:
+            rows, known, gates_bl = micro
             observe = beside = stream = None
             if recipe.teacher == "online":
                 assert teacher is not None and teacher_cfg is not None
@@ -110,6 +116,7 @@ def make_train_step(
                 rows,
                 freezing.trained_config(cfg, frozen),
                 dtype=dtype,
+                gates_bl=gates_bl,
                 stream=stream,
                 remat=remat,
                 observe=observe,
@@ -130,7 +137,7 @@ def make_train_step(
             gap = jnp.sum(gaps) / cfg.num_layers  # frozen ones are at no distance
             return loss + recipe.hidden * gap, _StepSums(sums, gap)
 
-        grads, found = optim.accumulate(sums_fn, state.params, (batch, stored), count)
+        grads, found = optim.accumulate(sums_fn, state.params, (batch, stored, gates_bl), count)
         sums = found.tokens
         params, opt_state, norm, finite = optim.update(
             optimizer, grads, state.opt_state, state.params

@@ -22,6 +22,7 @@ class Budget:
     importance_tokens: int
     search_tokens: int
     scoring_tokens: int
+    adapt_tokens: int
     candidate_tokens: int
     distill_tokens: int
     teacher_cache_bytes: int
@@ -35,6 +36,7 @@ class Budget:
             self.importance_tokens
             + self.search_tokens
             + self.scoring_tokens
+            + self.adapt_tokens
             + self.candidate_tokens
             + self.distill_tokens
         )
@@ -54,6 +56,9 @@ def make_budget(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Budget:
     scores = math.ceil(search.steps / search.score_every) + 1
     scored = (scores + search.refine) * search.score_windows
     scored += bool(search.refine) * max(1, search.candidates) * search.refine_windows
+    adapted = 0
+    if search.adapt_steps:  # its answer is scored before the first step and after the last
+        adapted = search.adapt_steps * distill.batch + 2 * search.score_windows
     tried = 0
     if search.candidates > 1:  # each is scored before its first step and after its last
         steps = search.candidate_steps * distill.batch
@@ -68,6 +73,7 @@ def make_budget(run: config.Run, cfg: ModelConfig, source_dtype: str) -> Budget:
         importance_tokens=searched * init_passes * search.init_windows * window,
         search_tokens=searched * (search.steps * search.batch * search.masks_per_window * window),
         scoring_tokens=searched * scored * window,
+        adapt_tokens=searched * adapted * window,
         candidate_tokens=searched * tried * window,
         distill_tokens=stepped + distill.fit * window,
         teacher_cache_bytes=estimate_bytes(stepped, distill.top_k)
@@ -92,6 +98,7 @@ def describe(counted: Budget) -> str:
         ("importance", f"<= {_si(counted.importance_tokens)} tokens"),
         ("search", f"<= {_si(counted.search_tokens)} tokens"),
         ("held-out scores", f"<= {_si(counted.scoring_tokens)} tokens"),
+        ("adaptation", f"<= {_si(counted.adapt_tokens)} tokens, all layers trained for a while"),
         ("candidates", f"<= {_si(counted.candidate_tokens)} tokens, recovered for a while"),
         ("distillation", f"<= {_si(counted.distill_tokens)} tokens"),
         ("in all", f"<= {_si(counted.tokens)} tokens through masked or student models"),

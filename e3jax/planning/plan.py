@@ -154,6 +154,9 @@ def _stages(
         stage("held-out scores", counted.scoring_tokens, forward(search.score_windows, 2), scores),
         stage("distillation", counted.distill_tokens, distill, recipe.steps),
     ]
+    if counted.adapt_tokens:
+        each = distill * counted.layers / counted.keep
+        found.insert(3, stage("adaptation", counted.adapt_tokens, each, search.adapt_steps))
     if counted.candidate_tokens:
         steps = search.candidates * search.candidate_steps
         found.insert(3, stage("candidates", counted.candidate_tokens, distill, steps))

@@ -1,8 +1,9 @@
 """The end of the search: what its masks told, followed up under a budget of held-out scores.
 
 Ours, not the paper's. The masks that the steps drew were all scored, and then forgotten but for
-theta, which knows of no pairs of layers. A surrogate of them proposes answers; each round's are
-scored on the same windows and added to what it knows. Then races settle which of them is best.
+theta, which knows of no pairs of layers. A surrogate of them proposes answers, new ones and those
+that may still be the best (Thompson sampling); each round's are scored on the same windows and
+added to what it knows. The answer is what it has for the best at the end.
 """
 
 import dataclasses
@@ -17,10 +18,9 @@ from e3jax.search.surrogate import Scored
 
 RECENT = 2000  # masks of the search that are looked at, the last ones: a matrix of N x N is solved
 ROUND = 8  # answers proposed together: the surrogate's best, and the best of samples of it
+LEAST = 4  # so many at least, or scores would have nothing to be compared with
 STARTS = 8  # of the surrogate's descents, drawn as the search draws masks
-SHARE = 0.5  # of the budget, for proposals; the rest is the races'
-SURE = 1.5  # standard errors by which one answer is worse or better than another
-LEAST_WORSE, LEAST_BETTER = 2, 4  # batches before that is believed
+FITTED = 32  # scores after which the surrogate's scales are fitted anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ def refine(
     seed: int,
     answers: int = 1,
 ) -> list[Measured]:
-    """The best `answers` of those proposed and raced, measured on all batches, the best first.
+    """The best `answers` of those proposed, measured on all batches, the best first.
 
     theta: the search's. seen: the masks it scored. score: (kept layers as bool [L], number of a
     batch) -> (KL to the dense model, tokens), sums over `windows` windows. Ends before `budget`
@@ -70,18 +70,6 @@ def refine(
             spent += 1
         return seen[number]
 
-    def race(kept: np.ndarray, best: np.ndarray) -> bool | None:
-        """Whether an answer is better than the best; None where the budget is over before."""
-        gaps = []
-        for number in range(batches):
-            if spent + sum(not has(each, number) for each in (kept, best)) > budget:
-                return None
-            theirs, ours = measured(best, number)[0], measured(kept, number)[0]
-            gaps.append(ours - theirs if np.isfinite(theirs) else -math.inf)
-            if (better := _verdict(np.array(gaps), len(gaps) == batches)) is not None:
-                return better
-        raise AssertionError("there is no batch")
-
     def known() -> Scored:
         """What the search saw, and what was measured since, once each."""
         found = [(name, n, *sums) for name, of in parts.items() for n, sums in of.items()]
@@ -96,36 +84,27 @@ def refine(
     def first(make: Callable[[], np.ndarray]) -> np.ndarray:
         return np.array(processes.from_first(lambda: make().tolist()))
 
-    rng = np.random.default_rng(seed)
-    scales, number = surrogate.fit_scales(seen), 0
-    while True:
-        found = first(lambda: _proposals(theta_l, known(), scales, rng, fixed))
-        new = [kept for kept in found if not has(kept, number)][: int(SHARE * budget) - spent]
-        if not new:
-            break
-        for kept in new:
-            measured(kept, number)
-        number = (number + 1) % batches
-    pool = np.array([np.frombuffer(name, bool) for name in parts])
+    def pool() -> np.ndarray:
+        """All that were measured, and the search's answer."""
+        return np.array([np.frombuffer(name, bool) for name in parts])
 
     def expected() -> np.ndarray:
         said = known()
-        return surrogate.posterior(said, surrogate.fit_scales(said), 0, rng)[0](~pool)
+        return surrogate.posterior(said, surrogate.fit_scales(said), 0, rng)[0](~pool())
 
-    best, *others = pool[first(lambda: np.argsort(expected(), kind="stable"))]
-    for kept in others:
-        if (better := race(kept, best)) is None:
-            break
-        best = kept if better else best
-
-    def behind(kept: np.ndarray) -> float:
-        """By how much an answer is worse than the best, on the batches that both have seen."""
-        seen, ours = parts[kept.tobytes()], parts[best.tobytes()]
-        gaps = [seen[n][0] - ours[n][0] for n in seen.keys() & ours.keys()]
-        return finite(np.mean(gaps)) if gaps else math.inf
-
+    rng, number, idle = np.random.default_rng(seed), 0, 0
+    scales = surrogate.fit_scales(seen)
+    fitted = 0
+    while spent < budget and idle < batches:
+        if spent >= fitted + FITTED:
+            scales, fitted = surrogate.fit_scales(known()), spent
+        found = first(lambda: _proposals(theta_l, known(), scales, pool(), rng, fixed))  # noqa: B023
+        new = [kept for kept in found if not has(kept, number)][: budget - spent]
+        for kept in new:
+            measured(kept, number)
+        number, idle = (number + 1) % batches, 0 if new else idle + 1
     results = []
-    for kept in [best, *sorted((x for x in pool if np.any(x != best)), key=behind)][:answers]:
+    for kept in pool()[first(lambda: np.argsort(expected(), kind="stable"))][:answers]:
         kl, tokens = np.sum([measured(kept, n) for n in range(batches)], axis=0)
         results.append(Measured(_theta_of(kept, theta_l), finite(kl / max(tokens, 1.0))))
     return sorted(results, key=lambda result: result.kl)
@@ -137,22 +116,29 @@ def scored(removed_nl: np.ndarray, log_kl: np.ndarray, batch: np.ndarray, window
     again."""
     fine = np.isfinite(log_kl)
     worst = log_kl[fine].max() + 1.0 if fine.any() else 0.0
-    each = np.full(len(log_kl), float(windows))
-    return Scored(removed_nl, np.where(fine, log_kl, worst), batch, each)
+    each, other = np.full(len(log_kl), float(windows)), np.zeros(len(log_kl), bool)
+    return Scored(removed_nl, np.where(fine, log_kl, worst), batch, each, other)
 
 
 def drawn(
-    keep_srl: np.ndarray, log_loss_sr: np.ndarray, keep: int, masks_per_window: int
+    keep_srl: np.ndarray,
+    log_loss_sr: np.ndarray,
+    keep: int,
+    masks_per_window: int,
+    *,
+    other: bool = False,
 ) -> Scored:
     """The last masks of the search that keep so many layers. Those of one window are a group; where
-    each window has one, those of a step are, and how windows differ is noise."""
+    each window has one, those of a step are, and how windows differ is noise. other: answers are
+    scored in another way."""
     steps, rows, layers = keep_srl.shape
     each = masks_per_window if masks_per_window > 1 else rows
     group = np.arange(steps * rows) // each
     kept, log_loss = keep_srl.reshape(-1, layers), log_loss_sr.ravel()
     (fine,) = np.nonzero(np.isfinite(log_loss) & (kept.sum(axis=1) == keep))
     fine = fine[-RECENT:]
-    return Scored(~kept[fine], log_loss[fine], group[fine], np.ones(len(fine)))
+    flags = np.full(len(fine), other)
+    return Scored(~kept[fine], log_loss[fine], group[fine], np.ones(len(fine)), flags)
 
 
 def finite(kl: float) -> float:
@@ -164,20 +150,28 @@ def _proposals(
     theta_l: np.ndarray,
     known: Scored,
     scales: surrogate.Scales,
+    pool: np.ndarray,
     rng: np.random.Generator,
     fixed: tuple[int, np.ndarray, np.ndarray],
 ) -> np.ndarray:
     """Answers, bool [N, L] and no two the same, that the surrogate or a sample of it (Thompson
-    sampling) has for the best."""
+    sampling) has for the best of the pool and of where its descents end; where they are few, the
+    next of the pool."""
     noise = rng.gumbel(size=(STARTS, len(theta_l)))
     starts = [~gumbel.answer(theta, *fixed) for theta in [theta_l, *(theta_l + noise)]]
     may_move = ~(fixed[1] | fixed[2])
-    found = {}
-    for model in surrogate.posterior(known, scales, ROUND - 1, rng):
-        ends = np.array([model.descend(removed, may_move) for removed in starts])
-        kept = ~ends[np.argmin(model(ends))]
-        found[kept.tobytes()] = kept
-    return np.array(list(found.values()))
+    mean, *samples = surrogate.posterior(known, scales, ROUND - 1, rng)
+    ranked = pool[np.argsort(mean(~pool), kind="stable")]
+    found = []
+    for model in (mean, *samples):
+        best = ~pool[np.argmin(model(~pool))]
+        ends = np.array([best, *(model.descend(removed, may_move) for removed in [best, *starts])])
+        found.append(~ends[np.argmin(model(ends))])
+    proposed = {kept.tobytes(): kept for kept in found}
+    for kept in ranked[:LEAST]:
+        if len(proposed) < LEAST:
+            proposed.setdefault(kept.tobytes(), kept)
+    return np.array(list(proposed.values()))
 
 
 def _theta_of(kept: np.ndarray, theta: np.ndarray) -> np.ndarray:
@@ -189,17 +183,3 @@ def _theta_of(kept: np.ndarray, theta: np.ndarray) -> np.ndarray:
     found = np.empty_like(theta)
     found[np.lexsort((-theta, ~kept))] = entries
     return found
-
-
-def _verdict(gap: np.ndarray, all_of_them: bool) -> bool | None:
-    """Whether an answer is better than another, by the differences of their KL on some batches;
-    None: they do not tell."""
-    if not np.isfinite(gap).all():
-        return bool(gap[~np.isfinite(gap)].max() == -math.inf)
-    if len(gap) > 1:
-        error = SURE * gap.std(ddof=1) / math.sqrt(len(gap))
-        if len(gap) >= LEAST_WORSE and gap.mean() > error:
-            return False
-        if len(gap) >= LEAST_BETTER and gap.mean() < -error:
-            return True
-    return bool(gap.mean() < 0) if all_of_them else None
