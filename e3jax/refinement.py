@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from e3jax import files, job, mesh, processes
+from e3jax import files, job, mesh, processes, recovery
 from e3jax.distill import distill
 from e3jax.evaluate.figures import Figures
 from e3jax.job import Job
@@ -138,6 +138,9 @@ def _adapted(
     def measured(_: int, state: distill.TrainState) -> tuple[distill.TrainState, dict]:
         return state, {"held_out_kl": figures(job_.params, state.params, held_out, answer).kl}
 
+    decides = dataclasses.asdict(recipe)
+    for key in recovery.NO_RESULT:
+        del decides[key]
     folder = job_.out / "search" / "adapted"
     state = fit(
         "adapt",
@@ -148,7 +151,13 @@ def _adapted(
         steps=recipe.steps,
         folder=folder,
         inputs=files.plain_tree(
-            job_.inputs(theta=theta.tolist(), keep=keep, recipe=recipe, seed=run.seed)
+            job_.inputs(
+                theta=theta.tolist(),
+                keep=keep,
+                recipe=decides,
+                train=job_.train.fingerprint,
+                seed=run.seed,
+            )
         ),
         checkpoint_every=recipe.checkpoint_every,
         evaluate=measured,

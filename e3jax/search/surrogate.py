@@ -6,9 +6,9 @@ pairs of layers, each normal around 0 (Bayesian quadratic regression, as BOCS of
 scored on the same windows have in common, plus noise. N scores are one normal vector, so nothing is
 as large as the number of pairs but [L, L] matrices.
 
-Scores of another kind than what is asked for (of masks as they are, where answers are fitted first)
-tell of it too: of its terms and others beside them, as two fidelities of one experiment (Kennedy &
-O'Hagan 2000).
+Scores of another kind than what is asked for (with the dense weights, where answers are scored with
+adapted ones) tell of it too: of its terms and others beside them, as two fidelities of one
+experiment (Kennedy & O'Hagan 2000).
 """
 
 import dataclasses
@@ -56,9 +56,9 @@ class Scales:
     other: float
 
 
-def _make_kernel(scored: Scored) -> Callable[[Scales], np.ndarray]:
-    """Scales -> covariance of the scores, float64 [N, N]."""
-    x, (_, which) = scored.removed.astype(float), _sets(scored)
+def _make_kernel(scored: Scored, which: np.ndarray) -> Callable[[Scales], np.ndarray]:
+    """Scales -> covariance of the scores, float64 [N, N]. which: from `_sets`."""
+    x = scored.removed.astype(float)
     shared = x @ x.T  # layers that two sets both remove, and so as many pairs as follow
     pairs = shared * (shared - 1) / 2
     same, common = which[:, None] == which, COMMON**2 * (scored.group[:, None] == scored.group)
@@ -81,7 +81,7 @@ def fit_scales(scored: Scored) -> Scales:
     """Those of the grid under which what was measured last is most likely: one after the other is
     changed, until no change of one makes it likelier."""
     last = Scored(*(column[-TRIED_ON:] for column in scored))
-    kernel, said = _make_kernel(last), _centred(last)
+    kernel, said = _make_kernel(last, _sets(last)[1]), _centred(last)
 
     @functools.cache
     def evidence(scales: Scales) -> float:
@@ -159,7 +159,7 @@ def posterior(scored: Scored, s: Scales, samples: int, rng: np.random.Generator)
         said[-1] += s.other * scored.other * (beside(scored.removed) + its_own[which])
     gaps, found = (_centred(scored) - np.array(said)).T, []
     if count:
-        gaps = scipy.linalg.solve(_make_kernel(scored)(s), gaps, assume_a="pos")
+        gaps = scipy.linalg.solve(_make_kernel(scored, which)(s), gaps, assume_a="pos")
     for (before, of), v in zip(prior, gaps.T, strict=True):
         together = s.pair**2 * (x.T * v) @ x
         np.fill_diagonal(together, 0.0)
