@@ -62,7 +62,8 @@ def paragraphs(text: str) -> list[str]:
 def write_lines(path: pathlib.Path, texts: list[str]) -> None:
     with open(path, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
         for text in texts:
-            file.write((json.dumps({"text": text}) + "\n").encode())
+            # A completion of nothing: there is loss on all of it with `loss_on: completion` too.
+            file.write((json.dumps({"prompt": "", "completion": text}) + "\n").encode())
 
 
 def write_tokenizer(folder: pathlib.Path, texts: list[str], vocabulary: int) -> None:
@@ -87,7 +88,7 @@ def parse():
     parser.add_argument("--out", required=True, type=pathlib.Path)
     parser.add_argument("--rows", type=int, default=600_000, help="train problems")
     parser.add_argument("--tests", type=int, default=4000, help="test problems")
-    parser.add_argument("--most", type=int, default=9, help="most definitions in a problem")
+    parser.add_argument("--most", type=int, default=8, help="most definitions in a problem")
     parser.add_argument("--times", type=int, default=25, help="how often the texts come")
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--processes", type=int, default=1)
