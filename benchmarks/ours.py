@@ -29,7 +29,8 @@ from e3jax.training.optim import make_optimizer
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """MICROBATCH:REMAT, and masksM, firstL, hidden, freeze, cache, dataN, modelN where given."""
+    """MICROBATCH:REMAT, and masksM, firstL, hidden, freeze, float8, cache, dataN, modelN where
+    given."""
 
     micro: int = 8  # windows a forward pass
     remat: str = "layer"
@@ -37,6 +38,7 @@ class Arm:
     first: int = 0  # no layer before this one is removed
     hidden: bool = False  # the layers' term
     freeze: bool = False  # distill.freeze
+    float8: bool = False  # distill.float8
     cache: bool = False  # the teacher's top 10 from a cache on this disk, read ahead
     data: int = 1  # the mesh
     model: int = 1
@@ -45,9 +47,10 @@ class Arm:
 def read_arm(text: str) -> Arm:
     """ "4:elementwise:masks4" as an Arm."""
     micro, remat, *more = text.split(":")
+    names = {field.name for field in dataclasses.fields(Arm)}
     found = {"micro": int(micro), "remat": remat}
     for name in more:
-        word = name.rstrip("0123456789")
+        word = name if name in names else name.rstrip("0123456789")
         found[word] = int(name[len(word) :]) if word != name else True
     return Arm(**found)
 
@@ -110,7 +113,7 @@ def distil_arm(options, arm, dense, rows, stack):
     recipe = config.Distill(
         steps=100, batch=rows, microbatch=min(arm.micro, rows), chunk=options.chunk,
         optimizer=config.Optimizer(lr=LR), teacher="cache" if arm.cache else "online",
-        hidden=30.0 * arm.hidden,
+        hidden=30.0 * arm.hidden, float8=arm.float8,
     )  # fmt: skip
     student = dense.take_layers(keep)
     optimizer = make_optimizer(recipe.optimizer, recipe.steps)

@@ -182,7 +182,8 @@ def train_student(
         return arrays
 
     decides = dataclasses.asdict(recipe)
-    for key in (*NO_RESULT, *(key for key in ("hidden", "fit", "freeze") if not decides[key])):
+    later = ("hidden", "fit", "freeze", "float8")  # recoveries from before these are good
+    for key in (*NO_RESULT, *(key for key in later if not decides[key])):
         del decides[key]
     state = fit(
         name,

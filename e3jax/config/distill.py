@@ -60,6 +60,10 @@ class Distill:
         description="do not train the layers before the first one removed, but the last of them,"
         " nor the embeddings: both models compute them once",
     )
+    float8: bool = Field(
+        default=False,
+        description="the dense model's products in float8, on GPUs that have it (H100, H200)",
+    )
     temperature: float = Field(default=1.0, gt=0, description="T; the loss carries T**2")
     ce: float = Field(
         default=0.0, ge=0, le=1, description="share of the loss that is next-token cross-entropy"
@@ -93,6 +97,10 @@ class Distill:
             said = f"hidden={self.hidden:g}" if self.hidden else "freeze=true"
             raise ValueError(
                 f"{said} needs the teacher's layers: teacher=online, not {self.teacher}"
+            )
+        if self.float8 and (self.freeze or self.teacher != "online"):
+            raise ValueError(
+                "float8=true is of a dense model that only teaches: teacher=online, freeze=false"
             )
         return self
 

@@ -17,7 +17,7 @@ import optax
 
 from e3jax import config, mesh
 from e3jax.distill import freezing, losses
-from e3jax.models import decoder, recompute
+from e3jax.models import decoder, float8, recompute
 from e3jax.models.config import ModelConfig
 from e3jax.models.decoder import Batch, Params
 from e3jax.training import optim
@@ -100,9 +100,10 @@ def make_train_step(
             observe = beside = stream = None
             if recipe.teacher == "online":
                 assert teacher is not None and teacher_cfg is not None
+                dense = float8.marked(teacher, teacher_cfg) if recipe.float8 else teacher
                 see = (lambda _, after: after) if recipe.hidden else None
                 stream, h = freezing.dense_hidden(
-                    teacher, rows, teacher_cfg, frozen, dtype=dtype, observe=see
+                    dense, rows, teacher_cfg, frozen, dtype=dtype, observe=see
                 )
                 if recipe.hidden:
                     assert keep is not None

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from e3jax import mesh
+from e3jax.models import float8
 
 
 def precision(dtype: Any) -> jax.lax.Precision | None:
@@ -13,12 +14,16 @@ def precision(dtype: Any) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def project(expr: str, x: jax.Array, w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+def project(
+    expr: str, x: jax.Array, w: jax.Array | float8.Float8, axes: tuple[str | None, ...]
+) -> jax.Array:
     """einsum of activations and a weight, in the activations' dtype, with the result's sharding.
 
     Letters that are summed over must be in the order of their axes by the alphabet, in which einsum
     sums: else XLA transposes both operands.
     """
+    if isinstance(w, float8.Float8):
+        return float8.product(expr, x, w.matrix, axes).astype(x.dtype)
     shape = jax.eval_shape(lambda a, b: jnp.einsum(expr, a, b), *map(_untyped, (x, w))).shape
     return jnp.einsum(
         expr,

@@ -1,0 +1,137 @@
+"""`distill.float8`: the dense model's products are those of rounded numbers, and its alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from e3jax import mesh
+from e3jax.distill import distill
+from e3jax.models import decoder, float8
+from e3jax.training.optim import make_optimizer
+from sharded_tiny import MODELS, numbers
+from training_tiny import assert_close, random_batch, recipe, set_mesh
+
+# Activations, matrix, their axes, those of the result.
+PRODUCTS = {
+    "btd,fd->btf": (
+        (4, 5, 24), (6, 24), ("batch", None, None), ("mlp", "embed"), ("batch", None, "mlp"),
+    ),
+    "btd,kghd->btkgh": (
+        (4, 5, 24), (2, 3, 4, 24), ("batch", None, None), ("heads", "groups", None, "embed"),
+        ("batch", None, "heads", "groups", None),
+    ),
+    "btnxy,dnxy->btd": (
+        (4, 5, 2, 3, 4), (6, 2, 3, 4), ("batch", None, "heads", "groups", None),
+        ("embed", "heads", "groups", None), ("batch", None, None),
+    ),
+}  # fmt: skip
+
+
+def rounded(x, summed):
+    """Each row as the nearest of e4m3's numbers times the row's greatest / 448, in float64."""
+    axes = tuple(range(x.ndim - summed, x.ndim))
+    scale = np.abs(x).max(axes, keepdims=True).astype(np.float32) / np.float32(448)
+    near = (x / np.where(scale == 0, 1, scale)).astype(ml_dtypes.float8_e4m3fn)
+    return near.astype(np.float64) * scale
+
+
+@pytest.mark.parametrize("sizes", [(), (2, 2, 2)])
+@pytest.mark.parametrize("expr", PRODUCTS)
+def test_a_product_is_that_of_the_nearest_numbers(expr, sizes):
+    of_x, of_w, x_axes, w_axes, axes = PRODUCTS[expr]
+    rng = np.random.default_rng(0)
+    x, w = (rng.normal(size=s) * np.exp(rng.normal(size=s)) for s in (of_x, of_w))
+    x, w = x.astype(np.float32), w.astype(np.float32)
+    x[0, 1] *= 1e4  # rows of their own scales
+    w[1] *= 1e-6
+    x[1, 2] = 0
+    with set_mesh(*sizes):
+        placed = [
+            jax.device_put(a, mesh.sharding(n, a.shape)) for a, n in ((x, x_axes), (w, w_axes))
+        ]
+        found = np.asarray(jax.jit(float8.product, static_argnums=(0, 3))(expr, *placed, axes))
+    summed = 3 if expr.endswith("->btd") else 1
+    wanted = np.einsum(expr, rounded(x, summed), rounded(w, summed))
+    assert np.abs(found[1, 2]).max() == 0
+    size = np.einsum(expr, np.abs(rounded(x, summed)), np.abs(rounded(w, summed)))
+    parts = 2**-8 * size if sizes else 0.0  # devices add up what is in bfloat16
+    assert (np.abs(found - wanted) <= 2**-8 * np.abs(wanted) + parts + 1e-5 * size).all()
+    exact = np.einsum(expr, x.astype(np.float64), w.astype(np.float64))
+    gap = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+    assert 1e-3 < gap < 2**-4  # it is float8, and no worse
+
+
+@functools.cache
+def dense_hidden(name, in_float8, *sizes):
+    cfg = MODELS[name]
+    with set_mesh(*sizes):
+        abstract = decoder.abstract_params(cfg)
+        params = jax.device_put(numbers(name), jax.tree.map(lambda x: x.sharding, abstract))
+
+        @jax.jit
+        def run(params, batch):
+            params = float8.marked(params, cfg) if in_float8 else params
+            return decoder.hidden(params, batch, cfg, dtype=jnp.float32, remat="none")
+
+        return np.asarray(run(params, mesh.shard_batch(random_batch(0))))
+
+
+def apart(found, wanted):
+    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+
+
+@pytest.mark.cases(2)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kind_of_layer_is_near_the_model(name):
+    assert 1e-4 < apart(dense_hidden(name, True), dense_hidden(name, False)) < 0.3
+
+
+@pytest.mark.cases(1)
+@pytest.mark.parametrize("name", MODELS)
+def test_eight_devices_give_what_one_gives(name):
+    one, eight = dense_hidden(name, True), dense_hidden(name, True, 2, 2, 2)
+    # The models are so small that roundings, one here or there, are not averaged out.
+    assert apart(eight, one) < 0.7 * apart(one, dense_hidden(name, False))
+
+
+@pytest.mark.cases(1)
+@pytest.mark.parametrize("hidden", [0.0, 0.5])
+def test_a_step_learns_from_the_rounded_model_and_is_not_rounded(hidden):
+    cfg, keep, batch = MODELS["even"], (0, 1, 3), random_batch(0)
+    dense = jax.tree.map(jnp.asarray, numbers("even"))
+    student = cfg.take_layers(keep)
+    found = {}
+    for in_float8 in (False, True):
+        spec = recipe(hidden=hidden, float8=in_float8, weight="uniform")
+        optimizer = make_optimizer(spec.optimizer, spec.steps)
+        step = distill.make_train_step(
+            student, spec, optimizer, teacher_cfg=cfg, keep=keep, dtype=jnp.float32, remat="none"
+        )
+        state = distill.init_state(decoder.take_layers(dense, cfg, keep), optimizer, 2.0)
+        found[in_float8] = jax.device_get(step(state, dense, batch, None))
+
+    def kl(in_float8):
+        marks = float8.marked(dense, cfg) if in_float8 else dense
+        h = decoder.hidden(marks, batch, cfg, dtype=jnp.float32)
+        logp = jax.nn.log_softmax(decoder.logits(dense, h, cfg))
+        params = decoder.take_layers(dense, cfg, keep)
+        h = decoder.hidden(params, batch, student, dtype=jnp.float32)
+        logq = jax.nn.log_softmax(decoder.logits(params, h, student))
+        each = jnp.sum(jnp.exp(logp) * (logp - logq), -1)
+        return float(jnp.sum(jnp.where(batch.mask, each, 0)) / jnp.sum(batch.mask))
+
+    said = {key: float(metrics["kl"]) for key, (_, metrics) in found.items()}
+    assert said[False] == pytest.approx(kl(False), rel=1e-4)
+    assert said[True] == pytest.approx(kl(True), rel=1e-4)
+    assert abs(said[True] - said[False]) > 1e-3 * said[False]
+    assert_close(found[True][0].params, found[False][0].params, atol=0.02)
+
+
+@pytest.mark.parametrize("changes", [{"teacher": "cache"}, {"teacher": "none"}, {"freeze": True}])
+def test_it_needs_a_dense_model_that_only_teaches(changes):
+    with pytest.raises(ValueError, match="float8=true is of a dense model that only teaches"):
+        recipe(float8=True, **changes)
