@@ -12,7 +12,7 @@ distillation is the teacher's pass and three of the student's, a search three of
 of which one is shared by M rows where M masks are drawn for a window (`masksM`); it is counted
 whole, though ours runs only from the first layer that a mask removes (`firstL`: none before L). Of
 a distillation that leaves what comes before the first layer removed as it is (`freeze`), what is
-left out is not counted.
+left out is not counted; with the dense model's products in float8 (`float8`) they count as many.
 On a mesh of several GPUs (`dataN`, `modelN`) the share is of as many, and GiB are of the GPU that
 has most. PyTorch arms need torch and transformers, those with Liger liger-kernel; ours need JAX for
 CUDA.
@@ -62,8 +62,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--arms",
         nargs="+",
-        help="ours: e3jax:MICROBATCH:REMAT[:masksM][:firstL][:hidden][:freeze][:cache][:dataN]"
-        "[:modelN]",
+        help="ours: e3jax:MICROBATCH:REMAT[:masksM][:firstL][:hidden][:freeze][:float8][:cache]"
+        "[:dataN][:modelN]",
     )
     parser.add_argument("--documents", type=int, default=1, help="in each of our rows")
     parser.add_argument("--chunk", type=int, default=4096, help="tokens whose logits exist")
@@ -136,6 +136,7 @@ def matmul_rate() -> float:
 ARMS = {
     "distil": (
         "e3jax:8:elementwise",
+        "e3jax:8:elementwise:float8",
         "e3jax:8:elementwise:first8:freeze",
         "e3jax:4:elementwise",
         "e3jax:4:selective",
