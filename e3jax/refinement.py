@@ -96,21 +96,9 @@ def _adapted(
     job_: Job, theta: np.ndarray, figures: Callable[..., Figures], fixed: dict[str, Any]
 ) -> tuple[Params, float]:
     """All layers' weights after `search.adapt_steps` of distillation under masks drawn from theta,
-    float32, and the tokens that took. By the recipe of the recovery, but for what is of one student
-    alone: no term of the layers, nothing frozen, uniform weights. Restartable."""
+    float32, and the tokens that took. By `Run.adaptation`. Restartable."""
     run, cfg = job_.run, job_.cfg
-    spec = run.search
-    recipe = dataclasses.replace(
-        run.distill,
-        steps=spec.adapt_steps,
-        mask=None,
-        teacher="online",
-        weight="uniform",
-        hidden=0.0,
-        fit=0,
-        freeze=False,
-        evaluate_every=spec.adapt_steps,
-    )
+    spec, recipe = run.search, run.adaptation
     optimizer = make_optimizer(recipe.optimizer, recipe.steps)
     keep, protect, force = fixed["keep"], fixed["protect_l"], fixed["force_l"]
 

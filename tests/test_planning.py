@@ -183,6 +183,25 @@ def test_parts_add_up_and_the_estimate_is_near(teacher):
     assert tree["chip_hours"] == pytest.approx(8 * tree["roofline_hours"] / plan.SHARE)
 
 
+def test_the_adaptation_holds_all_layers():
+    """h100:8 is stood for by the eight CPU devices of the tests."""
+    run = small_run(microbatch=8, freeze=True, hidden=1.0)
+    spec = dataclasses.replace(run.search, adapt_steps=3, refine=2)
+    run = dataclasses.replace(run, search=spec)
+    other = compile.Memory(0, 0, 0, 0, 0, capacity=80 << 30, compiled=True, seconds=0.0)
+    found = plan.make_plan(run, MODEL, "float32", chips.parse("h100:8"), measured=(other, other))
+    memory, wide = found.adapt_memory, 4 * decoder.count_params(MODEL) / 8
+    assert wide <= memory.parameters <= 1.01 * wide  # norms are whole everywhere
+    assert 2 * memory.parameters <= memory.optimiser <= 2 * memory.parameters + 64
+    assert memory.teacher == memory.parameters and memory.fits and found.fits
+    text = plan.describe(found)
+    assert "adaptation fits" in text
+    small = dataclasses.replace(memory, capacity=memory.peak)
+    text = plan.describe(dataclasses.replace(found, adapt_memory=small))
+    assert "adaptation does not fit" in text and "search.adapt_steps=0, or a lower" in text
+    assert text.endswith("fits: NO")
+
+
 def test_steps_do_not_grow_with_depth():
     """So neither does the time it takes to compile them: a model's layers are one scan's body."""
     run, lines = small_run(microbatch=8), set()

@@ -3,6 +3,8 @@
 `--help`, validation (configure.py) and the code share this one source.
 """
 
+import dataclasses
+
 import pydantic
 from pydantic import Field
 
@@ -61,3 +63,20 @@ class Run:
                 f"step: it needs distill.teacher=online, not {self.distill.teacher}"
             )
         return self
+
+    @property
+    def adaptation(self) -> Distill:
+        """What `search.adapt_steps` trains all layers by: the recovery's recipe but for what is of
+        one student alone; no term of the layers, nothing frozen, uniform weights."""
+        steps = self.search.adapt_steps
+        return dataclasses.replace(
+            self.distill,
+            steps=steps,
+            mask=None,
+            teacher="online",
+            weight="uniform",
+            hidden=0.0,
+            fit=0,
+            freeze=False,
+            evaluate_every=max(1, steps),
+        )

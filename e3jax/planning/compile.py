@@ -12,6 +12,7 @@ import importlib.util
 import math
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,7 +31,6 @@ from e3jax.planning.cost import (
     searched_rows,
     student_config,
     student_layers,
-    trained_config,
 )
 from e3jax.search import search
 from e3jax.training.optim import make_optimizer
@@ -121,7 +121,17 @@ def search_inputs(run: config.Run, cfg: ModelConfig, source_dtype: str) -> tuple
 
 def train_inputs(run: config.Run, cfg: ModelConfig, source_dtype: str) -> tuple[Any, tuple]:
     """The jitted distillation step and its abstract arguments, under the mesh that is set."""
-    recipe, (keep, frozen) = run.distill, student_layers(run, cfg)
+    return _train_inputs(run, cfg, source_dtype, run.distill, *student_layers(run, cfg))
+
+
+def _train_inputs(
+    run: config.Run,
+    cfg: ModelConfig,
+    source_dtype: str,
+    recipe: config.Distill,
+    keep: Sequence[int],
+    frozen: int,
+) -> tuple[Any, tuple]:
     student = cfg.take_layers(keep)
     optimizer = make_optimizer(recipe.optimizer, recipe.steps)
     step = distill.make_train_step(
@@ -159,13 +169,31 @@ def search_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: 
 
 def train_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topology) -> Memory:
     """Memory of a distillation step, under the mesh that is set."""
-    recipe = run.distill
-    step, arguments = train_inputs(run, cfg, source_dtype)
+    students = student_layers(run, cfg)
+    return _train_step(run, cfg, source_dtype, topology, run.distill, *students)
+
+
+def adapt_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topology) -> Memory:
+    """Memory of a step of `search.adapt_steps`, which trains all layers."""
+    return _train_step(run, cfg, source_dtype, topology, run.adaptation, range(cfg.num_layers), 0)
+
+
+def _train_step(
+    run: config.Run,
+    cfg: ModelConfig,
+    source_dtype: str,
+    topology: Topology,
+    recipe: config.Distill,
+    keep: Sequence[int],
+    frozen: int,
+) -> Memory:
+    step, arguments = _train_inputs(run, cfg, source_dtype, recipe, keep, frozen)
     state, online, *_ = arguments
     dense = local_bytes(decoder.abstract_params(cfg, jnp.dtype(source_dtype)))
     teacher = 0 if recipe.teacher == "cache" else dense  # without one it measures the student
     with _as_there(topology):
         traced = step.trace(*arguments)
+    rows, trained = rows_here(recipe.together), cfg.take_layers(keep[frozen:])
     return _compile(
         traced,
         topology,
@@ -173,13 +201,7 @@ def train_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: T
         optimiser=local_bytes(state.opt_state),
         teacher=teacher,
         idle=teacher if online is None else 0,
-        activations=activation_bytes(
-            run,
-            trained_config(run, cfg),
-            rows_here(recipe.together),
-            model_size(),
-            trained=True,
-        ),
+        activations=activation_bytes(run, trained, rows, model_size(), trained=True),
     )
 
 

@@ -41,6 +41,7 @@ class Plan:
     microbatch: int
     budget: Budget
     search_memory: Memory
+    adapt_memory: Memory | None  # None = without search.adapt_steps
     distill_memory: Memory
     decode_memory: Memory | None  # None = no test problems
     forward_flops: float  # a token of the dense model
@@ -65,6 +66,7 @@ class Plan:
         """By what is done; None left out."""
         found = {
             "search": self.search_memory,
+            "adapt": self.adapt_memory,
             "distill": self.distill_memory,
             "decode": self.decode_memory,
         }
@@ -82,7 +84,8 @@ def make_plan(
     topology: Topology,
     measured: tuple[Memory, Memory] | None = None,
 ) -> Plan:
-    """Compiles both steps for the topology, unless their memory is given, and decoding, and counts.
+    """Compiles both steps for the topology, unless their memory is given, the adaptation's and
+    decoding, and counts.
 
     Raises UserError where the configuration, the topology and the compiler do not go together.
     """
@@ -100,6 +103,7 @@ def make_plan(
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         steps = (compile.search_step, compile.train_step) if measured is None else ()
         found = [pool.submit(measure, step) for step in steps]
+        adapt = pool.submit(measure, compile.adapt_step) if run.search.adapt_steps else None
         decode = pool.submit(measure, compile.decode_step) if run.data.test else None
         search, distill = measured or [future.result() for future in found]
     micro = run.distill.together
@@ -110,6 +114,7 @@ def make_plan(
         microbatch=micro,
         budget=counted,
         search_memory=search,
+        adapt_memory=adapt and adapt.result(),
         distill_memory=distill,
         decode_memory=decode and decode.result(),
         forward_flops=cost.body_flops(cfg, run.data.window) + cost.head_flops(cfg),
@@ -219,7 +224,8 @@ def describe(plan: Plan) -> str:
         each_gib = [getattr(memory, part) / 2**30 for memory in plan.memory.values()]
         lines.append(f"  {part:<20}" + "".join(f"{x:9.1f}" for x in each_gib))
     lines += [f"  {_verdict(name, memory)}" for name, memory in plan.memory.items()]
-    saved = (plan.distill_memory.parameters + plan.distill_memory.optimiser) / 2**30
+    trained = filter(None, (plan.adapt_memory, plan.distill_memory))
+    saved = max(memory.parameters + memory.optimiser for memory in trained) / 2**30
     lines.append(f"  a save copies {saved:.1f} GiB of each device to its host's memory")
     if not t.is_tpu:
         lines.append("  an estimate: compiled for as many CPU devices, not by the GPU's compiler")
@@ -268,11 +274,17 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-NAMES = {"search": "search", "distill": "distillation", "decode": "decoding"}
+NAMES = {
+    "search": "search",
+    "adapt": "adaptation",
+    "distill": "distillation",
+    "decode": "decoding",
+}
 LESS = {
-    "search": "search.microbatch or search.masks_per_window",
-    "distill": "distill.microbatch",
-    "decode": "evaluate.batch or evaluate.max_new_tokens",
+    "search": "a lower search.microbatch or search.masks_per_window",
+    "adapt": "search.adapt_steps=0, or a lower distill.microbatch,",
+    "distill": "a lower distill.microbatch",
+    "decode": "a lower evaluate.batch or evaluate.max_new_tokens",
 }
 
 
@@ -284,5 +296,5 @@ def _verdict(name: str, memory: Memory) -> str:
     why = "" if memory.compiled else ", says the compiler"
     return (
         f"{NAMES[name]} does not fit: needs {room:.1f} of {capacity:.0f} GiB{why} ({margin}); "
-        f"a lower {LESS[name]} needs less"
+        f"{LESS[name]} needs less"
     )
