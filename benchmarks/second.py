@@ -1,4 +1,4 @@
-"""Data and tokenizer of the second model: chain arithmetic and plain text, a tenth of the tokens.
+"""Data and tokenizer of the second model: chain arithmetic and plain text, a sixth of the tokens.
 
     python benchmarks/second.py --texts wikitext/valid.txt tinystories/sample.txt \
         --out runs/second-data --processes 16
