@@ -62,7 +62,7 @@ def paragraphs(text: str) -> list[str]:
 def write_lines(path: pathlib.Path, texts: list[str]) -> None:
     with open(path, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
         for text in texts:
-            # A completion of nothing: there is loss on all of it with `loss_on: completion` too.
+            # The answer to an empty prompt: with `loss_on: completion` there is loss on all of it.
             file.write((json.dumps({"prompt": "", "completion": text}) + "\n").encode())
 
 

@@ -177,7 +177,7 @@ def _start(spec: config.Search, cfg: ModelConfig) -> Mask | None:
 
 def _trial_recipe(run: config.Run) -> dict[str, Any]:
     """What of a candidate's recovery decides its result."""
-    fields = dataclasses.asdict(run.distill)
+    fields = run.distill.facts()
     for key in (*recovery.NO_RESULT, "steps", "evaluate_every"):
         fields.pop(key, None)
     return {"recipe": fields, "windows": run.search.refine_windows}
@@ -213,7 +213,7 @@ def _recovered_best(
 
         facts = here.inputs(
             keep=keep,
-            recipe=recipe,
+            recipe=recipe.facts(),
             train=job_.train.fingerprint,
             held_out=held_out.fingerprint,
         )

@@ -71,8 +71,8 @@ COMMANDS = {
     ),
     "plan": (
         "memory, time and chip-hours on a topology that need not be there",
-        """Compiles the search and distillation steps ahead of time on this machine's CPU, for TPUs
-        with libtpu (pip install libtpu), and reads only the model's config.json. Prints memory a
+        """Compiles the steps of both stages ahead of time on this machine's CPU, for TPUs with
+        libtpu (pip install libtpu), and reads only the model's config.json. Prints memory a
         device by part, whether it fits, the roofline time of a step and the hours of every stage,
         and saves them as plan-TOPOLOGY.json and .txt in the run folder. GPUs are stood for by CPU
         devices: their memory is an estimate. Exit code 0 = fits, 1 = does not fit.""",

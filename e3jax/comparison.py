@@ -73,7 +73,7 @@ def _result(job_: Job, name: str, keep: int, tokens: int, out: pathlib.Path) -> 
         return result
     recover = functools.partial(recovery.recover, job_, mask, job_.out / place)
     with ledger.stage(out, "distill"):
-        seconds = _timed(job_, job_.out / place, {"recipe": job_.run.distill}, recover)
+        seconds = _timed(job_, job_.out / place, {"recipe": job_.run.distill.facts()}, recover)
     with ledger.stage(out, "evaluate"):
         row = table.measure_student(job_, f"{place} recovered", recover, bare, place)
     return dataclasses.replace(

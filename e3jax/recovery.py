@@ -3,7 +3,6 @@
 Restartable: called again, it goes on, or returns what it has.
 """
 
-import dataclasses
 import logging
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -181,9 +180,8 @@ def train_student(
             arrays["stored"] = teaching.read_rows(stored.train, arrays["index"])
         return arrays
 
-    decides = dataclasses.asdict(recipe)
-    later = ("hidden", "fit", "freeze", "float8")  # recoveries from before these are good
-    for key in (*NO_RESULT, *(key for key in later if not decides[key])):
+    decides = recipe.facts()
+    for key in (*NO_RESULT, *(key for key in ("hidden", "fit", "freeze") if not decides[key])):
         del decides[key]
     state = fit(
         name,

@@ -8,7 +8,6 @@ an answer's KL is with these, which all answers share, tells what its own recove
 So do one-shot architecture searches (Guo et al., arXiv 1904.00420); it is not in the paper.
 """
 
-import dataclasses
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -126,7 +125,7 @@ def _adapted(
     def measured(_: int, state: distill.TrainState) -> tuple[distill.TrainState, dict]:
         return state, {"held_out_kl": figures(job_.params, state.params, held_out, answer).kl}
 
-    decides = dataclasses.asdict(recipe)
+    decides = recipe.facts()
     for key in recovery.NO_RESULT:
         del decides[key]
     folder = job_.out / "search" / "adapted"

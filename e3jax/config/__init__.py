@@ -65,10 +65,15 @@ class Run:
         return self
 
     @property
+    def adapts(self) -> bool:
+        """Whether a search of this run trains all layers for a while."""
+        return self.search.adapt_steps > 0 and self.distill.mask is None
+
+    @property
     def adaptation(self) -> Distill:
         """What `search.adapt_steps` trains all layers by: the recovery's recipe but for what is of
         one student alone; no term of the layers, nothing frozen, uniform weights."""
-        steps = self.search.adapt_steps
+        steps = max(1, self.search.adapt_steps)
         return dataclasses.replace(
             self.distill,
             steps=steps,
@@ -78,5 +83,5 @@ class Run:
             hidden=0.0,
             fit=0,
             freeze=False,
-            evaluate_every=max(1, steps),
+            evaluate_every=steps,
         )

@@ -1,5 +1,6 @@
 """Stage 2, and plain training, which is the same loop."""
 
+import dataclasses
 from typing import Any, Literal
 
 import pydantic
@@ -62,7 +63,7 @@ class Distill:
     )
     float8: bool = Field(
         default=False,
-        description="the dense model's products in float8, on GPUs that have it (H100, H200)",
+        description="the dense model's attention and mlps in float8, for GPUs that have it",
     )
     temperature: float = Field(default=1.0, gt=0, description="T; the loss carries T**2")
     ce: float = Field(
@@ -109,7 +110,14 @@ class Distill:
         """Windows of a forward pass."""
         return self.microbatch or self.batch
 
+    def facts(self) -> dict[str, Any]:
+        """All fields by name, for what is kept to tell by which recipe it was made; those that came
+        later only where they are set, so that what was made before is still good."""
+        fields = dataclasses.asdict(self)
+        return {key: value for key, value in fields.items() if value or key not in LATER}
 
+
+LATER = ("float8",)
 PLAIN: dict[str, Any] = {"teacher": "none", "weight": "uniform", "ce": 1.0}
 
 

@@ -43,7 +43,7 @@ def measure_student(
     inputs = files.read_json(job_.out / stage / "checkpoints" / "inputs.json")
     recipe = job_.run.distill
     tokens = mask.tokens + job_.train.filled(recipe.fit) + int(_spent(job_.out / stage))
-    return _once(job_, model, mask.keep, student, {"stage": inputs, "of": recipe}, tokens)
+    return _once(job_, model, mask.keep, student, {"stage": inputs, "of": recipe.facts()}, tokens)
 
 
 def borrow(out: pathlib.Path, lender: pathlib.Path, row: Row) -> None:

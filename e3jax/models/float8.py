@@ -28,7 +28,7 @@ class Float8:
 
 def marked(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
     """The same parameters, the layers' large matrices as Float8: all but embeddings, head, routers,
-    experts, and those through which latent attention compresses."""
+    experts, and those by which latent attention compresses and expands."""
     marks = {
         stack: {name: Float8(w) if name in LARGE else w for name, w in params[stack].items()}
         for stack in cfg.stacks

@@ -12,7 +12,7 @@ import importlib.util
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -171,6 +171,11 @@ def train_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: T
     """Memory of a distillation step, under the mesh that is set."""
     students = student_layers(run, cfg)
     return _train_step(run, cfg, source_dtype, topology, run.distill, *students)
+
+
+def steps(run: config.Run) -> list[Callable[..., Memory]]:
+    """Those of a run: search, distillation and, where there is one, adaptation."""
+    return [search_step, train_step, *([adapt_step] if run.adapts else [])]
 
 
 def adapt_step(run: config.Run, cfg: ModelConfig, source_dtype: str, topology: Topology) -> Memory:

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ class Plan:
     microbatch: int
     budget: Budget
     search_memory: Memory
-    adapt_memory: Memory | None  # None = without search.adapt_steps
+    adapt_memory: Memory | None  # None = nothing is adapted
     distill_memory: Memory
     decode_memory: Memory | None  # None = no test problems
     forward_flops: float  # a token of the dense model
@@ -82,10 +83,10 @@ def make_plan(
     cfg: ModelConfig,
     source_dtype: str,
     topology: Topology,
-    measured: tuple[Memory, Memory] | None = None,
+    measured: Sequence[Memory] | None = None,
 ) -> Plan:
-    """Compiles both steps for the topology, unless their memory is given, the adaptation's and
-    decoding, and counts.
+    """Compiles the steps for the topology, unless their memory is given (search, distillation and,
+    where there is one, adaptation), and decoding, and counts.
 
     Raises UserError where the configuration, the topology and the compiler do not go together.
     """
@@ -101,11 +102,10 @@ def make_plan(
             return step(run, cfg, source_dtype, topology)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        steps = (compile.search_step, compile.train_step) if measured is None else ()
+        steps = compile.steps(run) if measured is None else ()
         found = [pool.submit(measure, step) for step in steps]
-        adapt = pool.submit(measure, compile.adapt_step) if run.search.adapt_steps else None
         decode = pool.submit(measure, compile.decode_step) if run.data.test else None
-        search, distill = measured or [future.result() for future in found]
+        search, distill, *adapt = measured or [future.result() for future in found]
     micro = run.distill.together
     return Plan(
         topology=topology,
@@ -114,7 +114,7 @@ def make_plan(
         microbatch=micro,
         budget=counted,
         search_memory=search,
-        adapt_memory=adapt and adapt.result(),
+        adapt_memory=adapt[0] if adapt else None,
         distill_memory=distill,
         decode_memory=decode and decode.result(),
         forward_flops=cost.body_flops(cfg, run.data.window) + cost.head_flops(cfg),

@@ -36,7 +36,7 @@ class Choice:
     remat: str
     seconds: float  # of a distillation step, roofline
     memory: int  # bytes a device, estimated from the shapes
-    compiled: tuple[compile.Memory, compile.Memory] | None = None  # search, distillation
+    compiled: tuple[compile.Memory, ...] | None = None  # of `compile.steps`
 
     @property
     def overrides(self) -> str:
@@ -126,20 +126,27 @@ def estimate(
     keep, frozen = cost.student_layers(run, cfg)
     student = cfg.take_layers(keep)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh(sizes.replica, sizes.data, sizes.model)):
-        wide = compile.local_bytes(freezing.abstract_trained(student, frozen))
+        own = compile.local_bytes(freezing.abstract_trained(student, frozen))
+        every = compile.local_bytes(decoder.abstract_params(cfg))
         dense = compile.local_bytes(decoder.abstract_params(cfg, jnp.dtype(source_dtype)))
     micro = recipe.together
-    gradients = wide * (1 if micro == recipe.batch else 2)
     rows = -(-micro // sizes.shards)
-    distill = 3 * wide + gradients + (0 if recipe.teacher == "cache" else dense)
-    trained = cost.trained_config(run, cfg)
-    distill += cost.activation_bytes(run, trained, rows, sizes.model, trained=True)
-    distill += _work_space(run, cfg, topology, rows, sizes.model)
+    work = _work_space(run, cfg, topology, rows, sizes.model)
+
+    def training(wide: int, trained: ModelConfig) -> int:
+        """wide: bytes of the float32 masters."""
+        gradients = wide * (1 if micro == recipe.batch else 2)
+        kept = cost.activation_bytes(run, trained, rows, sizes.model, trained=True)
+        return 3 * wide + gradients + kept
+
+    distill = training(own, cost.trained_config(run, cfg)) + work
+    distill += 0 if recipe.teacher == "cache" else dense
+    adapt = training(every, cfg) + work + dense if run.adapts else 0
     rows, search = -(-cost.searched_rows(run) // sizes.shards), dense
     if run.search.estimator != "score":
         search += cost.activation_bytes(run, cfg, rows, sizes.model, trained=False)
     search += _work_space(run, cfg, topology, rows, sizes.model)
-    return int(max(distill, search))
+    return int(max(distill, adapt, search))
 
 
 def _work_space(
@@ -174,7 +181,7 @@ def search_mesh(
     topology: Topology,
     say: Callable[[str], None],
 ) -> Choice:
-    """The fastest choice of which both stages' steps fit by the compiler's word. Where none of the
+    """The fastest choice of which all stages' steps fit by the compiler's word. Where none of the
     best three does, the next three are compiled if that is over in five minutes; if none of those
     compiled fits, the one that lacks least. `say` is told of each."""
     ranked = rank(run, cfg, source_dtype, topology)
@@ -186,15 +193,15 @@ def search_mesh(
     def measure(choice: Choice) -> Choice:
         changed = choice.apply(run)
         with jax.set_mesh(compile.open_mesh(topology, changed.mesh)):
-            search = compile.search_step(changed, cfg, source_dtype, topology)
-            distill = compile.train_step(changed, cfg, source_dtype, topology)
-        verdict = "fits" if search.fits and distill.fits else "does not fit"
+            found = [step(changed, cfg, source_dtype, topology) for step in compile.steps(changed)]
+        verdict = "fits" if all(memory.fits for memory in found) else "does not fit"
+        names = ("search", "distillation", "adaptation")
+        peaks = ", ".join(f"{n} {m.peak / 2**30:.1f}" for n, m in zip(names, found, strict=False))
         say(
-            f"{choice.overrides}: search {search.peak / 2**30:.1f}, distillation "
-            f"{distill.peak / 2**30:.1f} GiB (estimated {choice.memory / 2**30:.1f}), {verdict}, "
-            f"compiled in {search.seconds + distill.seconds:.0f} s"
+            f"{choice.overrides}: {peaks} GiB (estimated {choice.memory / 2**30:.1f}), {verdict}, "
+            f"compiled in {sum(memory.seconds for memory in found):.0f} s"
         )
-        return dataclasses.replace(choice, compiled=(search, distill))
+        return dataclasses.replace(choice, compiled=tuple(found))
 
     compile.open_mesh(topology, likely[0].apply(run).mesh)  # libtpu cannot be started twice at once
     measured: list[Choice] = []
