@@ -11,7 +11,7 @@ from e3jax.hf.families import read_config
 from hf_tiny import our_logits, random_tokens, save_tiny, torch_logits
 from test_families import CASES
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # 250 s on two cores of their own
 SMALL = """
 search.keep=4 search.steps=6 search.refine=4 search.init_windows=4 search.score_windows=4
 search.refine_windows=8 distill.steps=6 distill.evaluate_every=3 distill.checkpoint_every=3
