@@ -14,7 +14,7 @@ from e3jax.distill import distill
 from e3jax.models import decoder, float8
 from e3jax.training.optim import make_optimizer
 from sharded_tiny import MODELS, numbers
-from training_tiny import random_batch, recipe, set_mesh
+from training_tiny import random_batch, recipe, set_mesh, written_out
 
 # Activations, matrix, their axes, those of the result.
 PRODUCTS = {
@@ -102,19 +102,11 @@ def test_eight_devices_give_what_one_gives(name):
 KEEP, HIDDEN = (0, 1, 3), 0.5
 
 
-def written_out(params, dense, batch, in_float8):
-    """KL and the layers' term over the whole vocabulary; the student is not rounded."""
-    cfg, see = MODELS["even"], lambda before, after: (before, after)
-    marks = float8.marked(dense, cfg) if in_float8 else dense
-    h, (before, after) = decoder.hidden(marks, batch, cfg, dtype=jnp.float32, observe=see)
-    logp = jax.nn.log_softmax(decoder.logits(dense, h, cfg))
-    student = cfg.take_layers(KEEP)
-    h, (_, found) = decoder.hidden(params, batch, student, dtype=jnp.float32, observe=see)
-    logq = jax.nn.log_softmax(decoder.logits(params, h, student))
-    aims = jnp.stack([*(before[layer] for layer in KEEP[1:]), after[-1]])
-    gaps = jnp.mean(jnp.sum((found - aims) ** 2, -1) / jnp.sum(aims**2, -1), 0)
-    each = jnp.sum(jnp.exp(logp) * (logp - logq), -1)
-    kl, gap = (jnp.sum(jnp.where(batch.mask, x, 0)) / jnp.sum(batch.mask) for x in (each, gaps))
+def loss_by_the_book(params, dense, batch, in_float8):
+    """KL and the layers' term; the student is not rounded."""
+    cfg = MODELS["even"]
+    teacher = float8.marked(dense, cfg) if in_float8 else dense
+    kl, gap = written_out(params, dense, cfg, KEEP, batch, teacher)
     return kl + HIDDEN * gap, (kl, gap)
 
 
@@ -129,7 +121,7 @@ def test_a_step_learns_from_the_rounded_model_and_is_not_rounded(in_float8):
         remat="none",
     )  # fmt: skip
     start = decoder.take_layers(dense, cfg, KEEP)
-    truth = jax.jit(jax.grad(written_out, has_aux=True), static_argnums=3)
+    truth = jax.jit(jax.grad(loss_by_the_book, has_aux=True), static_argnums=3)
     gradient, said = truth(start, dense, batch, in_float8)
     _, other = truth(start, dense, batch, not in_float8)
     after, metrics = step(distill.init_state(start, optimizer, 2.0), dense, batch, None)

@@ -21,7 +21,7 @@ from planning_tiny import MODEL, small_run
 from sharded_tiny import MODELS, numbers
 from test_pipeline import command, write_job
 from test_restart import final_state, start, stderr, stop, write_configuration
-from training_tiny import assert_bitwise, assert_close, random_batch, recipe, set_mesh
+from training_tiny import assert_bitwise, assert_close, random_batch, recipe, set_mesh, written_out
 
 KEEP, FROZEN = (0, 1, 3), 1
 NAMES = ("even", "odd", "sparse", "odd-norms")  # tied, not tied, two stacks, ropes that differ
@@ -64,23 +64,11 @@ def shardings(abstract):
     return jax.tree.map(lambda x: x.sharding, abstract)
 
 
-def written_out(own, name):
-    """KL and the layers' term, over the whole vocabulary and all layers of both models; the frozen
-    parameters are constants."""
-    cfg, dense, batch = MODELS[name], jax.tree.map(jnp.asarray, numbers(name)), random_batch(0)
-    student = cfg.take_layers(KEEP)
-    see = lambda before, after: (before, after)
-    h, (before, after) = decoder.hidden(dense, batch, cfg, dtype=jnp.float32, observe=see)
-    logp = jax.nn.log_softmax(decoder.logits(dense, h, cfg))
+def loss_by_the_book(own, name):
+    """KL and the layers' term; the frozen parameters are constants."""
+    cfg, dense = MODELS[name], jax.tree.map(jnp.asarray, numbers(name))
     params = freezing.whole(own, dense, cfg, FROZEN)
-    h, (_, found) = decoder.hidden(params, batch, student, dtype=jnp.float32, observe=see)
-    logq = jax.nn.log_softmax(decoder.logits(params, h, student))
-    aims = jnp.stack([*(before[layer] for layer in KEEP[1:]), after[-1]])
-    gaps = jnp.sum((found - aims) ** 2, -1) / jnp.sum(aims**2, -1)
-    kl = jnp.sum(jnp.exp(logp) * (logp - logq), -1)
-    tokens = jnp.sum(batch.mask)
-    gap = jnp.sum(jnp.where(batch.mask, jnp.mean(gaps, 0), 0)) / tokens
-    kl = jnp.sum(jnp.where(batch.mask, kl, 0)) / tokens
+    kl, gap = written_out(params, dense, cfg, KEEP, random_batch(0))
     return kl + HIDDEN * gap, (kl, gap)
 
 
@@ -88,7 +76,7 @@ def written_out(own, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_step_is_that_of_the_formula(name):
     before, after, said, joined = first_step(name)
-    truth = jax.jit(jax.grad(written_out, has_aux=True), static_argnums=1)
+    truth = jax.jit(jax.grad(loss_by_the_book, has_aux=True), static_argnums=1)
     gradient, (kl, gap) = truth(before.params, name)
     assert said["kl"] == pytest.approx(float(kl), rel=1e-4)
     assert said["hidden"] == pytest.approx(float(gap), rel=1e-4) and gap > 0.01

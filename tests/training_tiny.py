@@ -93,6 +93,24 @@ def run_steps(state, step, teacher, first: int, last: int):
     return state, record
 
 
+def written_out(params, dense, cfg, keep, batch, teacher=None):
+    """KL and the layers' term of layers `keep` of cfg, the student's parameters being `params`, a
+    loss token on average: over the whole vocabulary and all layers of both models. teacher: in
+    place of the dense parameters, for all but the head."""
+    see = lambda before, after: (before, after)
+    teacher = dense if teacher is None else teacher
+    h, (before, after) = decoder.hidden(teacher, batch, cfg, dtype=jnp.float32, observe=see)
+    logp = jax.nn.log_softmax(decoder.logits(dense, h, cfg))
+    student = cfg.take_layers(keep)
+    h, (_, found) = decoder.hidden(params, batch, student, dtype=jnp.float32, observe=see)
+    logq = jax.nn.log_softmax(decoder.logits(params, h, student))
+    aims = jnp.stack([*(before[layer] for layer in keep[1:]), after[-1]])
+    gaps = jnp.mean(jnp.sum((found - aims) ** 2, -1) / jnp.sum(aims**2, -1), 0)
+    kl = jnp.sum(jnp.exp(logp) * (logp - logq), -1)
+    tokens = jnp.sum(batch.mask)
+    return tuple(jnp.sum(jnp.where(batch.mask, x, 0)) / tokens for x in (kl, gaps))
+
+
 def set_mesh(replica: int = 1, data: int = 1, model: int = 1):
     """Context manager: a mesh of the first devices."""
     devices = jax.devices()[: replica * data * model]
