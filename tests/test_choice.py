@@ -87,7 +87,7 @@ def test_answers_are_scored_with_weights_that_learnt_to_do_without_layers(place,
 
 def test_adapted_weights_need_answers_to_score(place, capsys):
     command = ["search", "--config", str(place / "run.yaml"), f"out={place}/refused-too"]
-    assert cli.main([*command, "search.adapt_steps=2"]) == 2
+    assert cli.main([*command, "search.adapt_steps=2", "search.refine=0"]) == 2
     assert "it needs refine above 0" in capsys.readouterr().err
     command += ["search.adapt_steps=2", "search.refine=2"]
     assert cli.main([*command, "distill.batch=3", "mesh.data=8"]) == 2

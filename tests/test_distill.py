@@ -21,6 +21,7 @@ from training_tiny import (
     recipe,
     run_steps,
     set_mesh,
+    written_out,
 )
 
 
@@ -206,21 +207,9 @@ def test_no_step_compiles_after_the_first(one_device):
 # ---------------------------------------------------------------- the layers' residual streams
 
 
-def hidden_gap(params, teacher, batch):
-    """Sum over loss tokens of the mean over layers of |x - y|^2 / |y|^2, layer by layer:
-    y is what the dense model's next kept layer reads, for the last one what its norm reads."""
-    observe = lambda before, after: (before, after)
-    dense = decoder.hidden(teacher, batch, CFG, dtype=jnp.float32, remat="none", observe=observe)
-    student = decoder.hidden(
-        params, batch, STUDENT, dtype=jnp.float32, remat="none", observe=observe
-    )
-    before, after = dense[1]
-    aims = [*(before[layer] for layer in KEEP[1:]), after[-1]]
-    gaps = [
-        jnp.sum((x - y) ** 2, -1) / jnp.sum(y**2, -1)
-        for x, y in zip(student[1][1], aims, strict=True)
-    ]
-    return jnp.sum(jnp.where(batch.mask, sum(gaps) / len(gaps), 0.0))
+def hidden_gap(params, teacher, batch, keep=KEEP):
+    """Sum over loss tokens of the layers' term."""
+    return written_out(params, teacher, CFG, keep, batch)[1] * jnp.sum(batch.mask)
 
 
 @pytest.mark.slow
@@ -274,6 +263,43 @@ def test_a_student_of_all_layers_is_at_no_distance():
     )  # fmt: skip
     _, out = step(distill.init_state(teacher, optimizer, 2.0), teacher, batch, None)
     assert float(out["hidden"]) == 0.0 and abs(float(out["kl"])) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), pytest.param((1, 4, 2), marks=pytest.mark.slow)])
+def test_each_row_has_layers_of_its_own(shape):
+    """Their term is the sum of that of one student a row, and so is its gradient."""
+    masks = ((0, 2, 3), (1, 2), (0, 1, 2, 3), (3,)) * 2
+    batch, teacher = random_batch(0), dense_params()
+    own = jax.tree.map(lambda w: w * 1.1, teacher)
+    gates = np.array([np.isin(range(4), keep) for keep in masks], np.float32)
+    spec = recipe(hidden=1e6, divergence="reverse_kl", weight="uniform")  # the other term is noise
+
+    def term(params):
+        gaps = [
+            hidden_gap(decoder.take_layers(params, CFG, keep), teacher, rows(batch, [b]), keep)
+            for b, keep in enumerate(masks)
+        ]
+        return sum(gaps) / jnp.sum(batch.mask)
+
+    with set_mesh(*shape):
+        optimizer, placed = make_optimizer(spec.optimizer, spec.steps), dense_params()
+        step = distill.make_train_step(
+            CFG,
+            spec,
+            optimizer,
+            teacher_cfg=CFG,
+            gates=lambda _, count: mesh.place(jnp.asarray(gates), ("batch", None)),
+            dtype=jnp.float32,
+            remat="layer",
+        )
+        state = distill.init_state(jax.tree.map(lambda w: w * 1.1, placed), optimizer, 2.0)
+        state, out = step(state, placed, mesh.shard_batch(batch), None)
+        moment = jax.device_get(state.opt_state[1][0].mu)
+    want, gradient = jax.value_and_grad(term)(own)
+    assert float(out["hidden"]) == pytest.approx(float(want), rel=1e-4)
+    scale = (1 - spec.optimizer.b1) * min(1.0, spec.optimizer.clip / float(out["grad_norm"]))
+    found = jax.tree.map(lambda m: m / scale / 1e6, moment)
+    assert_close(found, gradient, atol=2e-4)
 
 
 def test_the_layers_term_needs_the_teachers_layers():

@@ -126,8 +126,9 @@ def test_forward_flops_are_xlas():
 
 @pytest.mark.parametrize("remat", ["none", "selective", "layer"])
 def test_step_flops_are_xlas(remat):
-    """One layer of each model and one chunk, so that every scan's body runs once."""
-    run = small_run(batch=4, chunk=4 * 64)
+    """One layer of each model and one chunk, so that every scan's body runs once. The layers'
+    term is not counted, nor are norms."""
+    run = small_run(batch=4, chunk=4 * 64, hidden=0.0)
     run = dataclasses.replace(
         run,
         model=dataclasses.replace(run.model, remat=remat, dtype="float32"),

@@ -76,7 +76,14 @@ def small():
     """A configuration whose counts are easily made by hand, and a model for it."""
     run = configure.validate({"out": "x", "data": {"window": 100}}, "small")
     search = dataclasses.replace(
-        run.search, keep=2, steps=10, batch=3, init_windows=5, score_every=4, score_windows=7
+        run.search,
+        keep=2,
+        steps=10,
+        batch=3,
+        init_windows=5,
+        score_every=4,
+        score_windows=7,
+        refine=0,
     )
     distill = dataclasses.replace(run.distill, steps=6, batch=2, top_k=4)
     cfg = from_hf(QWEN25_14B | {"num_hidden_layers": 3, "tie_word_embeddings": True}, "small")
@@ -106,7 +113,7 @@ def test_what_the_configuration_changes(small):
     run = dataclasses.replace(
         run,
         search=dataclasses.replace(run.search, init="zeros", refine=2),
-        distill=dataclasses.replace(run.distill, teacher="cache"),
+        distill=dataclasses.replace(run.distill, teacher="cache", hidden=0.0),
         export=dataclasses.replace(run.export, dtype="float32"),
     )
     found = budget.make_budget(run, cfg, "bfloat16")

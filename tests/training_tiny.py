@@ -39,8 +39,8 @@ T = 16
 def recipe(**changes) -> config.Distill:
     # eps: Adam would turn the rounding of a tiny gradient into a step of lr.
     fast = config.Optimizer(lr=1e-2, warmup=0.3, weight_decay=0.1, eps=1e-5)
-    fields = {"steps": STEPS, "batch": 8, "optimizer": fast, "chunk": 32, **changes}
-    return config.Distill(**fields)
+    fields = {"steps": STEPS, "batch": 8, "optimizer": fast, "chunk": 32, "weight": "teacher"}
+    return config.Distill(**fields | {"hidden": 0.0} | changes)
 
 
 def random_batch(step: int, rows: int = 8) -> decoder.Batch:

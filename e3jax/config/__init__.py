@@ -72,7 +72,7 @@ class Run:
     @property
     def adaptation(self) -> Distill:
         """What `search.adapt_steps` trains all layers by: the recovery's recipe but for what is of
-        one student alone; no term of the layers, nothing frozen, uniform weights."""
+        one student alone; nothing fitted or frozen, uniform weights."""
         steps = max(1, self.search.adapt_steps)
         return dataclasses.replace(
             self.distill,
@@ -80,7 +80,6 @@ class Run:
             mask=None,
             teacher="online",
             weight="uniform",
-            hidden=0.0,
             fit=0,
             freeze=False,
             evaluate_every=steps,

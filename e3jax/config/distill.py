@@ -35,7 +35,7 @@ class Distill:
     )
     optimizer: Optimizer = Field(default=Optimizer(), description="")
     weight: Literal["teacher", "student", "joint", "uniform"] = Field(
-        default="teacher", description="entropy that weighs a token"
+        default="student", description="entropy that weighs a token; the paper's is the teacher's"
     )
     weight_clip: tuple[Positive, Positive] = Field(
         default=(0.2, 5.0), description="least and greatest token weight"
@@ -48,10 +48,10 @@ class Distill:
     )
     skew: float = Field(default=0.1, gt=0, lt=1, description="lambda of skew_kl")
     hidden: float = Field(
-        default=0.0,
+        default=30.0,
         ge=0,
         description="weight of the distance between the layers' residual streams and the dense"
-        " model's",
+        " model's; 0 where the teacher is not online",
     )
     fit: int = Field(
         default=0, ge=0, description="windows that mlps are fitted to by least squares at first"
@@ -85,6 +85,12 @@ class Distill:
     evaluate_every: int = Field(default=100, ge=1, description="steps between held-out figures")
     checkpoint_every: int = Field(default=100, ge=1, description="steps between checkpoints")
     patience: int = Field(default=10, ge=1, description="non-finite steps in a row that stop it")
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _layers_of_the_teacher(cls, given: Any) -> Any:
+        fields = given if isinstance(given, dict) else given.kwargs or {}
+        return {"hidden": 0.0} | fields if fields.get("teacher", "online") != "online" else given
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> "Distill":

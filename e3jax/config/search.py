@@ -23,7 +23,7 @@ class Search:
         default=None, gt=0, description="layers kept: a count, or a share below 1; none = 0.75"
     )
     target: Target = Field(default=Target(), description="")
-    steps: int = Field(default=500, ge=1, description="search steps")
+    steps: int = Field(default=200, ge=1, description="search steps")
     batch: int = Field(default=16, ge=1, description="windows a step; each draws its own masks")
     masks_per_window: int = Field(
         default=1, ge=1, description="masks of a window; the dense model runs once for all of them"
@@ -72,12 +72,12 @@ class Search:
     )
     score_windows: int = Field(default=16, ge=1, description="held-out windows a score")
     refine: int = Field(
-        default=0,
+        default=200,
         ge=0,
         description="answers proposed and scored at the end: so many times score_windows are spent",
     )
     refine_windows: int = Field(
-        default=64, ge=1, description="held-out windows that those scores are on, at most"
+        default=256, ge=1, description="held-out windows that those scores are on, at most"
     )
     adapt_steps: int = Field(
         default=0,

@@ -84,7 +84,8 @@ def make_train_step(
     `cache`; both are None for `none`. keep: the teacher's layers that the student has, for
     `recipe.hidden`. frozen: the first so many of them stay as they are, with the embeddings, and
     the state has the other parameters alone (freezing.py); the teacher must be online. gates: (the
-    step's number, rows) -> float32 [B, L], the student's layers that each row has, all if None.
+    step's number, rows) -> float32 [B, L], the layers that each row has of a student of all the
+    teacher's, in place of `keep`; all if None.
     Metrics are float32 scalars, averages over tokens.
     """
     objective = losses.Objective.of(recipe)
@@ -106,10 +107,14 @@ def make_train_step(
                     dense, rows, teacher_cfg, frozen, dtype=dtype, observe=see
                 )
                 if recipe.hidden:
-                    assert keep is not None
                     h, streams = h
-                    aims = ends(keep, teacher_cfg.num_layers)[frozen:] - frozen
-                    beside = jax.lax.stop_gradient(streams[aims])
+                    if gates_bl is None:
+                        assert keep is not None
+                        beside = streams[ends(keep, teacher_cfg.num_layers)[frozen:] - frozen]
+                    else:
+                        aims_lb = ends_of_rows(gates_bl).T[:, :, None, None]
+                        beside = jnp.take_along_axis(streams, aims_lb, axis=0)
+                    beside = jax.lax.stop_gradient(beside)
                     observe = functools.partial(apart, mask=rows.mask)
                 known = losses.Online(jax.lax.stop_gradient(h), decoder.head(teacher, teacher_cfg))
             h = decoder.hidden(
@@ -135,7 +140,10 @@ def make_train_step(
                 state.mean_entropy,
                 frozen_head=frozen_head,
             )
-            gap = jnp.sum(gaps) / cfg.num_layers  # frozen ones are at no distance
+            if observe and gates_bl is not None:
+                gap = jnp.sum(gaps * gates_bl.T / jnp.sum(gates_bl, axis=1))
+            else:
+                gap = jnp.sum(gaps) / cfg.num_layers  # frozen ones are at no distance
             return loss + recipe.hidden * gap, _StepSums(sums, gap)
 
         grads, found = optim.accumulate(sums_fn, state.params, (batch, stored, gates_bl), count)
@@ -185,6 +193,15 @@ def ends(keep: Sequence[int], num_layers: int) -> np.ndarray:
     """For each layer kept the last of the dense model before the next one kept, int64 [K]: the next
     one is used to read what comes out of it."""
     return np.array([*(layer - 1 for layer in keep[1:]), num_layers - 1])
+
+
+def ends_of_rows(gates_bl: jax.Array) -> jax.Array:
+    """The same of each row's layers, int32 [B, L], for the student that has all of the dense
+    model's. gates: float32 [B, L], above 0 for those that a row has."""
+    num_layers = gates_bl.shape[1]
+    numbers = jnp.where(gates_bl > 0, jnp.arange(num_layers), num_layers)
+    next_one = jax.lax.cummin(numbers, axis=1, reverse=True)[:, 1:]
+    return jnp.pad(next_one, ((0, 0), (0, 1)), constant_values=num_layers) - 1
 
 
 def apart(before: jax.Array, after: jax.Array, dense: jax.Array, mask: jax.Array) -> jax.Array:
