@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from e3jax import config, files, job, mesh, teaching
+from e3jax import config, devices, files, job, mesh, teaching
 from e3jax.data.windows import Windows
 from e3jax.distill import distill, freezing
 from e3jax.distill.least_squares import fitted
@@ -46,6 +46,8 @@ def recover(
     stored = teaching.stored_teacher(job_) if recipe.teacher == "cache" else None
     name = "distill" if folder is None else folder.name
     student_cfg = job_.cfg.take_layers(mask.keep)
+    if recipe.float8 and not devices.has_float8():
+        log.warning("%s: float8=true only takes time here: no GPU that multiplies in it", name)
     frozen = 0
     if recipe.freeze:
         frozen = freezing.frozen_layers(mask.keep, mask.merges)

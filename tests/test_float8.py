@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from e3jax import mesh
+from e3jax import devices, mesh
 from e3jax.distill import distill
 from e3jax.models import decoder, float8
 from e3jax.training.optim import make_optimizer
@@ -145,3 +146,14 @@ def test_it_needs_a_dense_model_that_only_teaches(changes):
 def test_what_was_made_before_it_came_is_still_good():
     assert "float8" not in recipe().facts() and recipe(float8=True).facts()["float8"] is True
     assert {*recipe().facts(), "float8"} == {field.name for field in dataclasses.fields(recipe())}
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [("8.0", False), ("8.9", True), ("9.0", True), ("10.0", True), ("gfx942", False)],
+)
+def test_which_gpus_have_it(number, said, monkeypatch):
+    assert not devices.has_float8()  # these are CPUs
+    monkeypatch.setattr(devices, "platform", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=number)])
+    assert devices.has_float8() is said
