@@ -15,6 +15,9 @@ def place(tmp_path_factory):
     return write_job(tmp_path_factory.mktemp("choice"))
 
 
+MOVING = ("search.init=random", "search.steps=6", "search.score_every=1", "search.lr=3")
+
+
 def searched(place, name, *overrides):
     """The mask of a search in the folder `name`."""
     out = place / name
@@ -41,7 +44,7 @@ def test_the_refinement_does_not_depend_on_the_devices(place, monkeypatch):
         assert eight[name] == two[name], name
     assert calls.count({"each_window": True}) <= 2 * (8 * 8 // 4 + 20 // 4)
     assert eight["kl"] == pytest.approx(two["kl"], rel=1e-4)
-    without = searched(place, "without")
+    without = searched(place, "without", "search.refine=0")
     assert without["tokens"] < eight["tokens"]
     more = eight["tokens"] - without["tokens"]
     assert more == eight["teacher_tokens"] - without["teacher_tokens"]
@@ -96,7 +99,7 @@ def test_adapted_weights_need_answers_to_score(place, capsys):
 
 @pytest.mark.slow
 def test_the_best_candidate_after_a_short_recovery_is_chosen(place, monkeypatch, caplog):
-    moving = ("search.init=random", "search.steps=6", "search.score_every=1", "search.lr=3")
+    moving = (*MOVING, "search.refine=0")
     tried = ("search.candidates=3", "search.candidate_steps=2", *moving)
     mask = searched(place, "tried", *tried)
     folder = place / "tried" / "search" / "candidates"
@@ -126,7 +129,7 @@ def test_the_best_candidate_after_a_short_recovery_is_chosen(place, monkeypatch,
 
 @pytest.mark.slow
 def test_a_candidate_that_diverges_is_not_chosen(place, monkeypatch):
-    moving = ("search.init=random", "search.steps=6", "search.score_every=1", "search.lr=3")
+    moving = (*MOVING, "search.refine=0")
     real, names = recovery.recover, []
 
     def diverge(job_, mask, folder, *more):
@@ -144,7 +147,7 @@ def test_a_candidate_that_diverges_is_not_chosen(place, monkeypatch):
 @pytest.mark.slow
 def test_the_steps_are_not_made_again_for_another_end_of_the_search(place, monkeypatch):
     """Nor for another recovery of its candidates."""
-    moving = ("search.init=random", "search.steps=6", "search.score_every=1", "search.lr=3")
+    moving = (*MOVING, "search.refine=0")
     searched(place, "recipe", *moving)
 
     def fail(*_, **__):
