@@ -38,12 +38,16 @@ def platform() -> str | None:
 
 def is_hopper() -> bool:
     """Whether the mesh that is set is made of NVIDIA GPUs of Hopper's kind, that are there."""
-    there = platform() == "gpu" and not is_stood_for()
-    return there and jax.devices()[0].compute_capability == "9.0"
+    return _capability() == "9.0"
 
 
 def has_float8() -> bool:
     """Whether it is made of NVIDIA GPUs that multiply in float8: Ada, Hopper and later ones."""
-    there = platform() == "gpu" and not is_stood_for()
-    number = jax.devices()[0].compute_capability if there else ""
+    number = _capability()
     return number.replace(".", "").isdigit() and float(number) >= 8.9  # AMD's are words
+
+
+def _capability() -> str:
+    """The number of the GPUs' kind, such as "9.0"; empty where there are none."""
+    there = platform() == "gpu" and not is_stood_for()
+    return jax.devices()[0].compute_capability if there else ""
