@@ -160,9 +160,9 @@ def rows_for_width(x_btd: jax.Array) -> jax.Array:
     )(x_btd)
 
 
-def on_own_rows(fn: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """`fn`, a kernel, by each device on its rows of the arrays, [B, ...], inside jit. Axis 0 of its
-    result has rows too."""
+def on_own_rows(fn: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """`fn`, a kernel, by each device on its rows of the arrays, [B, ...], inside jit. Axis 0 of
+    what it gives, one array or several, has rows too."""
     if current() is None:
         return fn(*arrays)
     rows = P(BATCH)

@@ -12,7 +12,7 @@ import pytest
 
 from e3jax import devices, mesh
 from e3jax.distill import distill
-from e3jax.models import decoder, float8
+from e3jax.models import decoder, float8, layer
 from e3jax.training.optim import make_optimizer
 from sharded_tiny import MODELS, numbers
 from training_tiny import random_batch, recipe, set_mesh, written_out
@@ -65,6 +65,59 @@ def test_a_product_is_that_of_the_nearest_numbers(expr, sizes):
     exact = np.einsum(expr, x.astype(np.float64), w.astype(np.float64))
     gap = np.linalg.norm(found - exact) / np.linalg.norm(exact)
     assert 1e-3 < gap < 2**-4  # it is float8, and no worse
+
+
+@pytest.mark.parametrize("sizes", [(), (1, 4, 1), (1, 2, 2)])
+def test_what_goes_into_down_by_kernel(hopper_kernels, sizes):
+    """Against float64, a row of zeros and rows of their own scales among it; where devices have
+    parts of a row there is no kernel for it."""
+    rng = np.random.default_rng(0)
+    x, gate, up = (rng.normal(size=s) for s in ((4, 40, 24), (1536, 24), (1536, 24)))
+    gate *= 0.3
+    x[0, 1] *= 1e3
+    x[1, 2] = 0
+    x, gate, up = (np.float64(jnp.bfloat16(a)) for a in (x, gate, up))
+    a, b = (rounded(x, 1) @ rounded(w.ravel(), 1).reshape(w.shape).T for w in (gate, up))
+    wanted = a * np.exp(-np.logaddexp(0, -a)) * b
+    with set_mesh(*sizes):
+        placed = [
+            jax.device_put(jnp.bfloat16(v), mesh.sharding(n, v.shape))
+            for v, n in (
+                (x, ("batch", None, None)), (gate, ("mlp", "embed")), (up, ("mlp", "embed"))
+            )
+        ]  # fmt: skip
+
+        @jax.jit
+        def run(x, *matrices):
+            matrices = [float8.Float8(w) for w in matrices]
+            if not float8.has_kernel(*matrices):
+                return None
+            return float8.silu_gated(x, *matrices)[:2]
+
+        found = run(*placed)
+    if sizes[2:] == (2,):
+        assert found is None
+        return
+    numbers, scale = (np.asarray(v, np.float64) for v in found)
+    assert not numbers[1, 2].any() and np.isfinite(scale).all()
+    np.testing.assert_allclose(scale, np.abs(wanted).max(-1) / 448, rtol=0.02, atol=1e-30)
+    near = (2**-4 + 2**-6) * np.abs(wanted) + 2**-9 * scale[..., None]
+    assert (np.abs(numbers * scale[..., None] - wanted) <= near).all()
+    assert np.abs(numbers).max(-1)[0, 0] == 448
+
+
+def test_a_network_is_near_itself_by_kernel(hopper_kernels, monkeypatch):
+    rng = np.random.default_rng(0)
+    w = {n: jnp.bfloat16(rng.normal(size=(512, 32)) / 5) for n in ("gate", "up")}
+    w["down"] = jnp.bfloat16(rng.normal(size=(32, 512)) / 20)
+    x = jnp.bfloat16(rng.normal(size=(2, 70, 32)))
+    exact = np.float32(layer.gated(w, x, "", jax.nn.silu))
+    w = {n: float8.Float8(matrix) for n, matrix in w.items()}
+    found = [np.float32(layer.gated(w, x, "", f)) for f in (jax.nn.silu, jax.nn.relu)]
+    monkeypatch.setattr(devices, "is_hopper", lambda: False)
+    other = [np.float32(layer.gated(w, x, "", f)) for f in (jax.nn.silu, jax.nn.relu)]
+    assert 0 < apart(found[0], exact) < 1.1 * apart(other[0], exact)
+    np.testing.assert_array_equal(found[1], other[1])
 
 
 @functools.cache

@@ -21,7 +21,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # A module imports from groups before its own; within a package also from its siblings.
 ORDER = (
     {"errors"},
-    {"devices", "files", "mesh", "progress"},
+    {"devices", "files", "hopper", "mesh", "progress"},
     {"config", "processes"},
     {"configure", "ledger"},
     {"notice"},

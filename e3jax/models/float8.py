@@ -4,13 +4,13 @@ Every row of the activations and every output of a matrix has a scale of its own
 needed: nothing is calibrated, and there is no second copy of the weights.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from e3jax import mesh
+from e3jax import devices, mesh
 from e3jax.models.config import ModelConfig
 
 E4M3 = jnp.float8_e4m3fn
@@ -36,29 +36,78 @@ def marked(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
     return params | marks
 
 
-def product(expr: str, x: jax.Array, w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+class Rounded(NamedTuple):
+    """What was numbers of `dtype`, in e4m3 times a scale of each index of its first axes."""
+
+    numbers: jax.Array
+    scale: jax.Array  # float32
+    dtype: Any
+
+
+def product(
+    expr: str, x: jax.Array | Rounded, w: jax.Array, axes: tuple[str | None, ...]
+) -> jax.Array:
     """einsum of activations and a weight, both rounded to e4m3: float32.
 
     What is summed over are the last axes of both; the result has the others, those of x first.
     """
     of_y = expr.split("->")[1]
     rows = sum(letter in of_y for letter in expr.split(",")[0])
-    x, x_scale = _rounded(x, rows)
-    w, w_scale = _rounded(w, len(of_y) - rows)
-    shape = (*x.shape[:rows], *w_scale.shape)
-    y = jnp.einsum(
-        expr, x, w, preferred_element_type=jnp.bfloat16, out_sharding=mesh.out(axes, shape)
-    )
-    x_scale = jnp.expand_dims(x_scale, tuple(range(rows, len(of_y))))
+    x = x if isinstance(x, Rounded) else rounded(x, rows)
+    numbers, w_scale, _ = rounded(w, len(of_y) - rows)
+    y = _multiplied(expr, x, numbers, axes)
+    x_scale = jnp.expand_dims(x.scale, tuple(range(rows, len(of_y))))
     if mesh.current() is not None:  # the matrix is kept in other parts than the result has
         w_scale = jax.sharding.reshard(w_scale, mesh.spec(axes[rows:], w_scale.shape))
     return y.astype(jnp.float32) * x_scale * w_scale
 
 
-def _rounded(x: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """(x / scale in e4m3, scale): float32, of the first `rows` axes, so that none is too great."""
+def silu_gated(x_btd: jax.Array, gate: Float8, up: Float8) -> Rounded:
+    """silu(gate x) * (up x), [B, T, F], matrices [F, D], rounded as the next product wants it: by a
+    kernel, where `has_kernel`. Each matrix is rounded by its own greatest, that of no output."""
+    from e3jax.hopper import gated
+
+    x = rounded(x_btd, 2)
+
+    def multiplied(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        numbers, scale, _ = rounded(w, 0)
+        y = _multiplied("btd,fd->btf", x, numbers, ("batch", None, "mlp"))
+        return y, x.scale * scale
+
+    def silu(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        b, t = arrays[-1].shape
+        found = gated.rounded_silu(*(x.reshape(b * t, *x.shape[2:]) for x in arrays))
+        return tuple(x.reshape(b, t, *x.shape[1:]) for x in found)
+
+    products = (*multiplied(gate.matrix), *multiplied(up.matrix))
+    numbers, scale = mesh.on_own_rows(silu, *products)
+    return Rounded(numbers, scale, x.dtype)
+
+
+def has_kernel(gate: Any, up: Any) -> bool:
+    """Whether `silu_gated` takes these: Float8 of [F, D], on a Hopper that has whole rows of F."""
+    if not isinstance(gate, Float8) or not devices.is_hopper() or mesh.is_sharded(up.matrix, 0):
+        return False
+    from e3jax.hopper import gated
+
+    return gated.fits(len(up.matrix))
+
+
+def _multiplied(expr: str, x: Rounded, w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """The product of the numbers, bfloat16."""
+    rows = x.scale.ndim
+    shape = (*x.numbers.shape[:rows], *w.shape[: len(axes) - rows])
+    return jnp.einsum(
+        expr, x.numbers, w, preferred_element_type=jnp.bfloat16, out_sharding=mesh.out(axes, shape)
+    )
+
+
+def rounded(x: jax.Array, rows: int) -> Rounded:
+    """The numbers nearest to x / scale; scale is of the first `rows` axes, so that none is too
+    great."""
     wide = x.astype(jnp.float32)
     last = tuple(range(rows, x.ndim))
     top = jnp.maximum(jnp.max(jnp.abs(wide), axis=last), TINY)
     # Not divided by the scale: a GPU's division would take as long as reading the numbers.
-    return (wide * jnp.expand_dims(GREATEST / top, last)).astype(E4M3), top / GREATEST
+    numbers = (wide * jnp.expand_dims(GREATEST / top, last)).astype(E4M3)
+    return Rounded(numbers, top / GREATEST, x.dtype)

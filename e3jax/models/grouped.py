@@ -2,8 +2,8 @@
 
 Nothing is padded to a greatest group and nothing dropped. `jax.lax.ragged_dot` multiplies groups
 of any length; on NVIDIA's Hopper, where XLA's multiplies every row by every matrix, each group
-starts a block of its own (at most a block a group more) and the kernels of hopper.py multiply
-blocks.
+starts a block of its own (at most a block a group more) and the kernels of hopper/grouped.py
+multiply blocks.
 """
 
 import math
@@ -38,9 +38,9 @@ class Groups(NamedTuple):
         [E, ...]. What belongs to no group is not to be looked at."""
         if self.block > 1:
             blocks = self.of(jnp.arange(len(x_md) // self.block) * self.block)
-            from e3jax.models import hopper
+            from e3jax.hopper import grouped as kernels
 
-            return hopper.product(x_md, matrices, blocks, axis)
+            return kernels.product(x_md, matrices, blocks, axis)
         numbers = jax.lax.RaggedDotDimensionNumbers(
             dot_dimension_numbers=(((1,), (axis,)), ((), ())),
             lhs_ragged_dimensions=[0],
@@ -64,11 +64,11 @@ def block_of(matrices: Params, dtype: Any) -> int:
     """Places of a block, for products of these matrices: 1 where `ragged_dot` is to multiply."""
     if dtype not in (jnp.bfloat16, jnp.float16) or not devices.is_hopper():
         return 1
-    from e3jax.models import hopper
+    from e3jax.hopper import grouped as kernels
 
     shapes = [x.shape for x in matrices.values() if x.ndim > 2]  # the others are biases
     widths = [width for _, first, *rest in shapes for width in (first, math.prod(rest))]
-    return hopper.BLOCK if all(width % hopper.DEPTH == 0 for width in widths) else 1
+    return kernels.BLOCK if all(width % kernels.DEPTH == 0 for width in widths) else 1
 
 
 def lay(group_a: jax.Array, count: int, block: int) -> Groups:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from e3jax.models import latent, moe, recompute, rope
+from e3jax.models import float8, latent, moe, recompute, rope
 from e3jax.models.attention import Attend, scaled
 from e3jax.models.config import ModelConfig
 from e3jax.models.norm import norm, norm_rotate, rms_norm, scale_of
@@ -133,8 +133,12 @@ def mlp(w: Params, x_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
 
 def gated(w: Params, x_btd: jax.Array, prefix: str, activation: Callable) -> jax.Array:
     """down(`activations`) of the matrices whose names begin with `prefix`."""
-    y = activations(w, x_btd, prefix, activation)
-    y = project("btf,df->btd", y, w[f"{prefix}down"], ("batch", None, None))
+    gate, up, down = (w.get(prefix + name) for name in ("gate", "up", "down"))
+    if activation is jax.nn.silu and f"{prefix}up_bias" not in w and float8.has_kernel(gate, up):
+        y = float8.silu_gated(x_btd, gate, up)
+    else:
+        y = activations(w, x_btd, prefix, activation)
+    y = project("btf,df->btd", y, down, ("batch", None, None))
     return _with_bias(w, y, f"{prefix}down")
 
 

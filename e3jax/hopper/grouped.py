@@ -1,9 +1,8 @@
-"""Grouped products on NVIDIA's Hopper: rows times their group's matrix, a kernel for all groups.
+"""Grouped products: rows times their group's matrix, a kernel for all groups.
 
 Rows lie group after group, each group in blocks of `BLOCK` rows of its own (the last filled up with
-zeros), so that a block of rows meets one matrix and nothing is masked. Written in Pallas, which is
-imported with this module, where it is needed; tensor cores multiply bfloat16 or float16 and add up
-in float32.
+zeros), so that a block of rows meets one matrix and nothing is masked. Tensor cores multiply
+bfloat16 or float16 and add up in float32.
 """
 
 import functools
@@ -12,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
+
+from e3jax.hopper import kernel
 
 ACC = gpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 BLOCK = 128  # rows
@@ -79,7 +80,7 @@ def _rows_by_matrices(x: jax.Array, w: jax.Array, group: jax.Array, axis: int) -
                 sums = pl.run_scoped(multiply, ACC((BLOCK, WIDTH)))
                 _store(sums, y_ref.at[pl.ds(row * BLOCK, BLOCK), pl.ds(column * WIDTH, WIDTH)])
 
-    return kernel(body, (rows, width), x.dtype)(group, x, w)
+    return kernel(body, jax.ShapeDtypeStruct((rows, width), x.dtype))(group, x, w)
 
 
 def _rows_by_rows(left: jax.Array, right: jax.Array, group: jax.Array, count: int) -> jax.Array:
@@ -125,7 +126,8 @@ def _rows_by_rows(left: jax.Array, right: jax.Array, group: jax.Array, count: in
             place = pl.ds(row * BLOCK, BLOCK), pl.ds(column * WIDTH, WIDTH)
             _store(sums, out_ref.at[(of, *place)])
 
-    return kernel(body, (count, height, width), left.dtype)(first, left, right)
+    out = jax.ShapeDtypeStruct((count, height, width), left.dtype)
+    return kernel(body, out)(first, left, right)
 
 
 def _store(sums: jax.Array, out) -> None:
@@ -135,14 +137,3 @@ def _store(sums: jax.Array, out) -> None:
         gpu.commit_smem()
         gpu.copy_smem_to_gmem(shared, out)
         gpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def kernel(body, shape: tuple[int, ...], dtype, programs: int = 1):
-    """A kernel of so many programs a multiprocessor, along the axis `sm`, each a warpgroup."""
-    return gpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct(shape, dtype),
-        grid=(132 * programs,),  # a Hopper's multiprocessors
-        grid_names=("sm",),
-        compiler_params=gpu.CompilerParams(lowering_semantics=gpu.LoweringSemantics.Warpgroup),
-    )

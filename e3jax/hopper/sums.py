@@ -1,8 +1,7 @@
-"""The sums of terms.py over the vocabulary on NVIDIA's Hopper, at the speed of its memory.
+"""The sums of distill/terms.py over the vocabulary, at the speed of the memory.
 
-XLA's reduction of as many outcomes reaches less than half of it. Written in Pallas, which is
-imported with this module, where it is needed: every warpgroup takes a row and reads both logits
-once.
+XLA's reduction of as many outcomes reaches less than half of it. Every warpgroup takes a row and
+reads both logits once.
 """
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 
-from e3jax.models.hopper import kernel
+from e3jax.hopper import kernel
 
 LANES = 128  # the vocabulary is a multiple of it
 GROUPS = 16  # of lanes, read at a time
@@ -78,4 +77,5 @@ def row_sums(
                 out_ref[row, place] = jnp.sum(x)
 
     by_lanes = (z.reshape(rows, vocabulary // LANES, LANES) for z in (z_q, z_p))
-    return kernel(body, (rows, 8), jnp.float32, PROGRAMS)(*by_lanes, ref_q, ref_p, targets)
+    out = jax.ShapeDtypeStruct((rows, 8), jnp.float32)
+    return kernel(body, out, programs=PROGRAMS)(*by_lanes, ref_q, ref_p, targets)
