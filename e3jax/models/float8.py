@@ -1,7 +1,8 @@
 """Products in float8 for a model that is only run forward: `distill.float8`.
 
 Every row of the activations and every output of a matrix has a scale of its own, taken when it is
-needed: nothing is calibrated, and there is no second copy of the weights.
+needed: nothing is calibrated, and there is no second copy of the weights. On Hoppers a SwiGLU's two
+matrices have one scale each, and a kernel does what lies between its products.
 """
 
 from typing import Any, NamedTuple
@@ -63,8 +64,8 @@ def product(
 
 
 def silu_gated(x_btd: jax.Array, gate: Float8, up: Float8) -> Rounded:
-    """silu(gate x) * (up x), [B, T, F], matrices [F, D], rounded as the next product wants it: by a
-    kernel, where `has_kernel`. Each matrix is rounded by its own greatest, that of no output."""
+    """silu(gate x) * (up x), [B, T, F], matrices [F, D], rounded for the next product: by a kernel,
+    where `has_kernel`."""
     from e3jax.hopper import gated
 
     x = rounded(x_btd, 2)
