@@ -6,8 +6,9 @@
 
 Or --grid benchmarks/grids/terms.yaml. The figure is the KL to the dense model on the windows of
 data.measure (or the test problems), on which no recovery trains; differences to the first setting
-are paired, window by window and seed by seed, with the standard error over windows of their means
-over the seeds. Finished recoveries are not made again. Writes FOLDER/results.json.
+of the first mask are paired, window by window and seed by seed, with the standard error over
+windows of their means over the seeds. Finished recoveries are not made again. Writes
+FOLDER/results.json.
 """
 
 import argparse
@@ -39,8 +40,8 @@ def main() -> None:
     rows = json.loads(path.read_text()) if path.exists() else []
     with job.open_mesh(base.mesh):
         dense = job.open_job(base)
+        first = None
         for mask in options.mask:
-            first = None
             for setting in options.settings:
                 found = [of(rows, options, dense, mask, setting, seed) for seed in options.seeds]
                 first = first or found
@@ -77,8 +78,9 @@ def tell(mask, setting, found, first):
     kl = np.array([row["kl"] for row in found])
     mean, error = apart(*([row["windows"] for row in rows] for rows in (first, found)))
     ratio = kl.mean() / np.mean([row["kl"] for row in first])
+    spread = kl.std(ddof=len(kl) > 1)
     print(
-        f"{mask.parent.name} {setting}: {kl.mean():.5f} +- {kl.std(ddof=len(kl) > 1):.5f}, to the "
+        f"{mask.parent.name}/{mask.stem} {setting}: {kl.mean():.5f} +- {spread:.5f}, to the "
         f"first {mean:+.5f} +- {error:.5f} ({ratio:.3f} x), {found[0]['tokens'] / 1e6:.2f} M "
         f"tokens, {np.mean([row['s'] for row in found]):.0f} s",
         flush=True,
