@@ -94,10 +94,12 @@ def test_what_goes_into_down_by_kernel(hopper_kernels, sizes):
                 return None
             return float8.silu_gated(x, *matrices)[:2]
 
+        if sizes:  # JAX's interpreter is for one device: others' barriers are errors to it
+            found = jax.eval_shape(run, *placed)
+            assert (found is None) == (sizes == (1, 2, 2))
+            assert found is None or [x.sharding.spec[0] for x in found] == [mesh.BATCH] * 2
+            return
         found = run(*placed)
-    if sizes[2:] == (2,):
-        assert found is None
-        return
     numbers, scale = (np.asarray(v, np.float64) for v in found)
     assert not numbers[1, 2].any() and np.isfinite(scale).all()
     np.testing.assert_allclose(scale, np.abs(wanted).max(-1) / 448, rtol=0.02, atol=1e-30)
