@@ -160,14 +160,20 @@ def rows_for_width(x_btd: jax.Array) -> jax.Array:
     )(x_btd)
 
 
-def on_own_rows(fn: Callable[..., Any], *arrays: jax.Array) -> Any:
-    """`fn`, a kernel, by each device on its rows of the arrays, [B, ...], inside jit. Axis 0 of
-    what it gives, one array or several, has rows too."""
+def on_own_tokens(fn: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """`fn`, a kernel, by each device on the tokens of its rows, inside jit. Arrays [B, T, ...] are
+    [B T, ...] to it, and so is what it gives, one array or several."""
+
+    def on_tokens(*own: jax.Array) -> Any:
+        b, t = own[0].shape[:2]
+        found = fn(*(x.reshape(b * t, *x.shape[2:]) for x in own))
+        return jax.tree.map(lambda x: x.reshape(b, t, *x.shape[1:]), found)
+
     if current() is None:
-        return fn(*arrays)
+        return on_tokens(*arrays)
     rows = P(BATCH)
     whole = (jax.sharding.reshard(x, rows) for x in arrays)  # an axis of one device has a name too
-    return jax.shard_map(fn, in_specs=rows, out_specs=rows, check_vma=False)(*whole)
+    return jax.shard_map(on_tokens, in_specs=rows, out_specs=rows, check_vma=False)(*whole)
 
 
 def on_own_heads(

@@ -15,7 +15,14 @@ def place(tmp_path_factory):
     return write_job(tmp_path_factory.mktemp("choice"))
 
 
-MOVING = ("search.init=random", "search.steps=6", "search.score_every=1", "search.lr=3")
+# Every step's answer is another one, and they are what there is to choose from.
+MOVING = (
+    "search.init=random",
+    "search.steps=6",
+    "search.score_every=1",
+    "search.lr=3",
+    "search.refine=0",
+)
 
 
 def searched(place, name, *overrides):
@@ -99,8 +106,7 @@ def test_adapted_weights_need_answers_to_score(place, capsys):
 
 @pytest.mark.slow
 def test_the_best_candidate_after_a_short_recovery_is_chosen(place, monkeypatch, caplog):
-    moving = (*MOVING, "search.refine=0")
-    tried = ("search.candidates=3", "search.candidate_steps=2", *moving)
+    tried = ("search.candidates=3", "search.candidate_steps=2", *MOVING)
     mask = searched(place, "tried", *tried)
     folder = place / "tried" / "search" / "candidates"
     found = {x.stem: files.read_json(x)["value"] for x in folder.glob("without-*.json")}
@@ -108,7 +114,7 @@ def test_the_best_candidate_after_a_short_recovery_is_chosen(place, monkeypatch,
     best = min(found, key=lambda name: found[name]["kl"])
     assert best == "without-" + "-".join(map(str, sorted(mask["order"])))
     assert not any(x.is_dir() for x in folder.glob("without-*"))  # models are large
-    plain = searched(place, "plain", *moving)
+    plain = searched(place, "plain", *MOVING)
     spent = sum(each["tokens"] for each in found.values())
     assert spent > 0 and mask["tokens"] == plain["tokens"] + spent
     assert sorted(np.argsort(mask["theta"])[2:].tolist()) == mask["keep"]
@@ -129,7 +135,6 @@ def test_the_best_candidate_after_a_short_recovery_is_chosen(place, monkeypatch,
 
 @pytest.mark.slow
 def test_a_candidate_that_diverges_is_not_chosen(place, monkeypatch):
-    moving = (*MOVING, "search.refine=0")
     real, names = recovery.recover, []
 
     def diverge(job_, mask, folder, *more):
@@ -140,26 +145,25 @@ def test_a_candidate_that_diverges_is_not_chosen(place, monkeypatch):
 
     monkeypatch.setattr(recovery, "recover", diverge)
     tried = ("search.candidates=2", "search.candidate_steps=2")
-    mask = searched(place, "diverged", *tried, *moving)
+    mask = searched(place, "diverged", *tried, *MOVING)
     assert names[1] == "without-" + "-".join(map(str, sorted(mask["order"])))
 
 
 @pytest.mark.slow
 def test_the_steps_are_not_made_again_for_another_end_of_the_search(place, monkeypatch):
     """Nor for another recovery of its candidates."""
-    moving = (*MOVING, "search.refine=0")
-    searched(place, "recipe", *moving)
+    searched(place, "recipe", *MOVING)
 
     def fail(*_, **__):
         raise AssertionError("the search was made again")
 
     monkeypatch.setattr("e3jax.search.gumbel.sample", fail)
     tried = ("search.candidates=2", "search.candidate_steps=1", "distill.optimizer.lr=1e-4")
-    one = searched(place, "recipe", *moving, *tried)
-    two = searched(place, "recipe", *moving, *tried[:2], "distill.optimizer.lr=1e-2")
+    one = searched(place, "recipe", *MOVING, *tried)
+    two = searched(place, "recipe", *MOVING, *tried[:2], "distill.optimizer.lr=1e-2")
     assert one["config"] != two["config"]
-    little = searched(place, "recipe", *moving, "search.refine=2")
-    more = searched(place, "recipe", *moving, "search.refine=4")
+    little = searched(place, "recipe", *MOVING, "search.refine=2")
+    more = searched(place, "recipe", *MOVING, "search.refine=4")
     assert len({mask["config"] for mask in (one, two, little, more)}) == 4
 
 

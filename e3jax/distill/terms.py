@@ -204,12 +204,7 @@ def _below_by_kernel(*arrays: jax.Array) -> Sequence[jax.Array]:
     """The same of arrays [B, T, ...] by a kernel."""
     from e3jax.hopper import sums as kernels
 
-    def sums(*arrays: jax.Array) -> jax.Array:
-        z_q, z_p, ref_q, ref_p, targets = (x.reshape(-1, *x.shape[2:]) for x in arrays)
-        found = kernels.row_sums(z_q, z_p, ref_q, ref_p, targets)
-        return found.reshape(*arrays[-1].shape, -1)
-
-    found = mesh.on_own_rows(sums, *arrays)
+    found = mesh.on_own_tokens(kernels.row_sums, *arrays)
     return [found[..., i] for i in range(found.shape[-1])]
 
 

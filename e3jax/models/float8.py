@@ -75,13 +75,8 @@ def silu_gated(x_btd: jax.Array, gate: Float8, up: Float8) -> Rounded:
         y = _multiplied("btd,fd->btf", x, numbers, ("batch", None, "mlp"))
         return y, x.scale * scale
 
-    def silu(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        b, t = arrays[-1].shape
-        found = gated.rounded_silu(*(x.reshape(b * t, *x.shape[2:]) for x in arrays))
-        return tuple(x.reshape(b, t, *x.shape[1:]) for x in found)
-
     products = (*multiplied(gate.matrix), *multiplied(up.matrix))
-    numbers, scale = mesh.on_own_rows(silu, *products)
+    numbers, scale = mesh.on_own_tokens(gated.rounded_silu, *products)
     return Rounded(numbers, scale, x.dtype)
 
 
