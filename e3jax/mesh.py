@@ -160,20 +160,25 @@ def rows_for_width(x_btd: jax.Array) -> jax.Array:
     )(x_btd)
 
 
-def on_own_tokens(fn: Callable[..., Any], *arrays: jax.Array) -> Any:
+def on_own_tokens(
+    fn: Callable[..., Any], *arrays: jax.Array, whole: Sequence[jax.Array] = ()
+) -> Any:
     """`fn`, a kernel, by each device on the tokens of its rows, inside jit. Arrays [B, T, ...] are
-    [B T, ...] to it, and so is what it gives, one array or several."""
+    [B T, ...] to it, and so is what it gives, one array or several; others it has whole."""
 
     def on_tokens(*own: jax.Array) -> Any:
         b, t = own[0].shape[:2]
-        found = fn(*(x.reshape(b * t, *x.shape[2:]) for x in own))
+        tokens = (x.reshape(b * t, *x.shape[2:]) for x in own[: len(arrays)])
+        found = fn(*tokens, *own[len(arrays) :])
         return jax.tree.map(lambda x: x.reshape(b, t, *x.shape[1:]), found)
 
+    given = (*arrays, *whole)
     if current() is None:
-        return on_tokens(*arrays)
-    rows = P(BATCH)
-    whole = (jax.sharding.reshard(x, rows) for x in arrays)  # an axis of one device has a name too
-    return jax.shard_map(on_tokens, in_specs=rows, out_specs=rows, check_vma=False)(*whole)
+        return on_tokens(*given)
+    specs = (P(BATCH),) * len(arrays) + (P(),) * len(whole)
+    # An axis of one device has a name too.
+    placed = map(jax.sharding.reshard, given, specs)
+    return jax.shard_map(on_tokens, in_specs=specs, out_specs=P(BATCH), check_vma=False)(*placed)
 
 
 def on_own_heads(

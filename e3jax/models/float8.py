@@ -1,10 +1,12 @@
 """Products in float8 for a model that is only run forward: `distill.float8`.
 
 Every row of the activations and every output of a matrix has a scale of its own, taken when it is
-needed: nothing is calibrated, and there is no second copy of the weights. On Hoppers a SwiGLU's two
-matrices have one scale each, and a kernel does what lies between its products.
+needed: nothing is calibrated, and there is no second copy of the weights. On Hoppers kernels round
+the activations (hopper/rows.py), and a SwiGLU's two matrices have one scale each.
 """
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -38,37 +40,77 @@ def marked(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
 
 
 class Rounded(NamedTuple):
-    """What was numbers of `dtype`, in e4m3 times a scale of each index of its first axes."""
+    """What was of `dtype`, as numbers in e4m3 times a scale of each index of its first axes."""
 
     numbers: jax.Array
     scale: jax.Array  # float32
     dtype: Any
 
 
-def product(
-    expr: str, x: jax.Array | Rounded, w: jax.Array, axes: tuple[str | None, ...]
-) -> jax.Array:
-    """einsum of activations and a weight, both rounded to e4m3: float32.
+Activations = jax.Array | Rounded
 
-    What is summed over are the last axes of both; the result has the others, those of x first.
+
+def product(expr: str, x: Activations, w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """einsum of activations [B, T, ...] and a weight, both rounded to e4m3: float32.
+
+    What is summed over are the last axes of both; the result has B, T and the weight's others.
     """
-    of_y = expr.split("->")[1]
-    rows = sum(letter in of_y for letter in expr.split(",")[0])
-    x = x if isinstance(x, Rounded) else rounded(x, rows)
-    numbers, w_scale, _ = rounded(w, len(of_y) - rows)
+    x = of_tokens(x)
+    numbers, w_scale, _ = rounded(w, len(axes) - 2)
     y = _multiplied(expr, x, numbers, axes)
-    x_scale = jnp.expand_dims(x.scale, tuple(range(rows, len(of_y))))
+    x_scale = jnp.expand_dims(x.scale, tuple(range(2, len(axes))))
     if mesh.current() is not None:  # the matrix is kept in other parts than the result has
-        w_scale = jax.sharding.reshard(w_scale, mesh.spec(axes[rows:], w_scale.shape))
+        w_scale = jax.sharding.reshard(w_scale, mesh.spec(axes[2:], w_scale.shape))
     return y.astype(jnp.float32) * x_scale * w_scale
 
 
-def silu_gated(x_btd: jax.Array, gate: Float8, up: Float8) -> Rounded:
+def of_tokens(x: Activations) -> Rounded:
+    """Activations [B, T, ...], rounded by the greatest of each token."""
+    if isinstance(x, Rounded):
+        return x
+    if not _by_kernel(x):
+        return rounded(x, 2)
+    from e3jax.hopper import rows
+
+    def of_own(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        numbers, scale = rows.rounded_rows(x.reshape(len(x), -1))
+        return numbers.reshape(x.shape), scale
+
+    numbers, scale = mesh.on_own_tokens(of_own, x)
+    return Rounded(numbers, scale, x.dtype)
+
+
+def normed(x_btd: jax.Array, weight: jax.Array, eps: float) -> Rounded:
+    """The root-mean-square norm, times [D], rounded by the greatest of each token: by a kernel,
+    where matrices `read_rounded`."""
+    from e3jax.hopper import rows
+
+    norm = functools.partial(rows.rounded_norm, eps=eps)
+    numbers, scale = mesh.on_own_tokens(norm, x_btd, whole=[weight.astype(jnp.float32)])
+    return Rounded(numbers, scale, x_btd.dtype)
+
+
+def read_rounded(x_btd: jax.Array, *matrices: Any) -> bool:
+    """Whether all these are Float8, for whom a kernel rounds x."""
+    return all(isinstance(w, Float8) for w in matrices) and _by_kernel(x_btd)
+
+
+def _by_kernel(x: jax.Array) -> bool:
+    """Whether a kernel rounds these [B, T, ...]: on a Hopper that has each token's whole."""
+    if x.dtype != jnp.bfloat16 or not devices.is_hopper():
+        return False
+    from e3jax.hopper import rows
+
+    parts = any(mesh.is_sharded(x, axis) for axis in range(1, x.ndim))
+    return not parts and rows.fits(math.prod(x.shape[2:]))
+
+
+def silu_gated(x_btd: Activations, gate: Float8, up: Float8) -> Rounded:
     """silu(gate x) * (up x), [B, T, F], matrices [F, D], rounded for the next product: by a kernel,
     where `has_kernel`."""
-    from e3jax.hopper import gated
+    from e3jax.hopper import rows
 
-    x = rounded(x_btd, 2)
+    x = of_tokens(x_btd)
 
     def multiplied(w: jax.Array) -> tuple[jax.Array, jax.Array]:
         numbers, scale, _ = rounded(w, 0)
@@ -76,7 +118,7 @@ def silu_gated(x_btd: jax.Array, gate: Float8, up: Float8) -> Rounded:
         return y, x.scale * scale
 
     products = (*multiplied(gate.matrix), *multiplied(up.matrix))
-    numbers, scale = mesh.on_own_tokens(gated.rounded_silu, *products)
+    numbers, scale = mesh.on_own_tokens(rows.rounded_silu, *products)
     return Rounded(numbers, scale, x.dtype)
 
 
@@ -84,9 +126,9 @@ def has_kernel(gate: Any, up: Any) -> bool:
     """Whether `silu_gated` takes these: Float8 of [F, D], on a Hopper that has whole rows of F."""
     if not isinstance(gate, Float8) or not devices.is_hopper() or mesh.is_sharded(up.matrix, 0):
         return False
-    from e3jax.hopper import gated
+    from e3jax.hopper import rows
 
-    return gated.fits(len(up.matrix))
+    return rows.fits(len(up.matrix), arrays=2)
 
 
 def _multiplied(expr: str, x: Rounded, w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:

@@ -1,10 +1,11 @@
 """One decoder layer: self-attention and the feed-forward network, with their norms.
 
-Axes as in decoder.py.
+Axes as in decoder.py. What a norm gives to matrices in float8 may be float8.Rounded already.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from e3jax.models import float8, latent, moe, recompute, rope
 from e3jax.models.attention import Attend, scaled
 from e3jax.models.config import ModelConfig
+from e3jax.models.float8 import Activations
 from e3jax.models.norm import norm, norm_rotate, rms_norm, scale_of
 from e3jax.models.params import Params
 from e3jax.models.product import project
@@ -56,10 +58,10 @@ def attended(
     cfg: ModelConfig,
     *,
     absorbed: bool = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Any]:
     """A layer's first half: the residual stream with attention in it, and what the feed-forward
     network reads."""
-    x = norm(w, "attn_norm", h_btd, cfg)
+    x = _read_by(("q", "k", "v"), w, "attn_norm", h_btd, cfg)
     if cfg.latent is not None:
         y = latent.attention(w, x, cos_sin, attend, cfg, absorbed=absorbed)
     else:
@@ -67,8 +69,18 @@ def attended(
     h_btd = h_btd + _added(w, "attn_out_norm", y, cfg)
     if not cfg.parallel:
         h_btd = recompute.keep(h_btd)
-        x = norm(w, "mlp_norm", h_btd, cfg)
+        x = _read_by(("gate", "up"), w, "mlp_norm", h_btd, cfg)
     return h_btd, x
+
+
+def _read_by(
+    names: Sequence[str], w: Params, norm_name: str, h_btd: jax.Array, cfg: ModelConfig
+) -> Any:
+    """A norm of the residual stream, float8.Rounded for the matrices that read it where they do."""
+    is_rms = norm_name in w and cfg.norm == "rms" and not cfg.parallel
+    if is_rms and float8.read_rounded(h_btd, *map(w.get, names)):
+        return float8.normed(h_btd, scale_of(w, norm_name, cfg), cfg.norm_eps)
+    return norm(w, norm_name, h_btd, cfg)
 
 
 def _added(w: Params, norm_name: str, y_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
@@ -82,7 +94,7 @@ def _added(w: Params, norm_name: str, y_btd: jax.Array, cfg: ModelConfig) -> jax
 
 def attention(
     w: Params,
-    x_btd: jax.Array,
+    x_btd: Activations,
     cos_sin: tuple[jax.Array, jax.Array],
     attend: Attend,
     cfg: ModelConfig,
@@ -114,24 +126,24 @@ def attention(
     return y + w["o_bias"].astype(y.dtype) if cfg.out_bias else y
 
 
-def feed_forward(w: Params, x_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
+def feed_forward(w: Params, x_btd: Activations, cfg: ModelConfig) -> jax.Array:
     """The layer's experts, with what all tokens share, or its mlp."""
     activation = ACTIVATIONS[cfg.activation]
     if "router" not in w:
         return mlp(w, x_btd, cfg)
-    assert cfg.experts is not None
+    assert cfg.experts is not None and not isinstance(x_btd, float8.Rounded)
     y = moe.mixture(w, x_btd, cfg.experts, activation)
     if cfg.experts.shared_width:
         y = y + moe.shared(w, x_btd, gated(w, x_btd, "shared_", activation))
     return y
 
 
-def mlp(w: Params, x_btd: jax.Array, cfg: ModelConfig) -> jax.Array:
+def mlp(w: Params, x_btd: Activations, cfg: ModelConfig) -> jax.Array:
     """Feed-forward network of one or two products, and one back."""
     return gated(w, x_btd, "", ACTIVATIONS[cfg.activation])
 
 
-def gated(w: Params, x_btd: jax.Array, prefix: str, activation: Callable) -> jax.Array:
+def gated(w: Params, x_btd: Activations, prefix: str, activation: Callable) -> jax.Array:
     """down(`activations`) of the matrices whose names begin with `prefix`."""
     gate, up, down = (w.get(prefix + name) for name in ("gate", "up", "down"))
     if activation is jax.nn.silu and f"{prefix}up_bias" not in w and float8.has_kernel(gate, up):
@@ -142,7 +154,7 @@ def gated(w: Params, x_btd: jax.Array, prefix: str, activation: Callable) -> jax
     return _with_bias(w, y, f"{prefix}down")
 
 
-def activations(w: Params, x_btd: jax.Array, prefix: str, activation: Callable) -> jax.Array:
+def activations(w: Params, x_btd: Activations, prefix: str, activation: Callable) -> jax.Array:
     """activation(gate x) * up x, [B, T, F]; without a gate activation(up x)."""
 
     def wide(name: str) -> jax.Array:

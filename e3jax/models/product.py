@@ -15,7 +15,7 @@ def precision(dtype: Any) -> jax.lax.Precision | None:
 
 
 def project(
-    expr: str, x: jax.Array, w: jax.Array | float8.Float8, axes: tuple[str | None, ...]
+    expr: str, x: float8.Activations, w: jax.Array | float8.Float8, axes: tuple[str | None, ...]
 ) -> jax.Array:
     """einsum of activations and a weight, in the activations' dtype, with the result's sharding.
 
@@ -24,6 +24,7 @@ def project(
     """
     if isinstance(w, float8.Float8):
         return float8.product(expr, x, w.matrix, axes).astype(x.dtype)
+    assert not isinstance(x, float8.Rounded)
     shape = jax.eval_shape(lambda a, b: jnp.einsum(expr, a, b), *map(_untyped, (x, w))).shape
     return jnp.einsum(
         expr,
