@@ -185,6 +185,7 @@ def search_mask(
     """
     known = {} if keep is None else {"search.keep": keep}
     with _job(params, cfg, train, held_out, known | settings) as job_:
+        job.check_batches(job_.run, search=True, distill=False)
         return dataclasses.replace(choice.search_mask(job_), checkpoint=None, config=None)
 
 
@@ -205,6 +206,7 @@ def recover(
     """
     found = _mask(mask, cfg)
     with _job(params, cfg, train, held_out, settings) as job_:
+        job.check_batches(job_.run, search=False, distill=True)
         return recovery.recover(job_, found, None)
 
 
@@ -264,7 +266,6 @@ def _job(
     both = [_windows(found, cfg) for found in (train, held_out)]
     with _shown(), tempfile.TemporaryDirectory(prefix="e3jax-") as folder:
         run = _run(settings, {"out": folder, "data.window": max(w.tokens.shape[1] for w in both)})
-        job.check_batches(run, "distill")
         yield job.in_memory(run, cfg, params, *both)
 
 

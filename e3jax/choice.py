@@ -62,6 +62,7 @@ def search_mask(job_: Job) -> Mask:
         facts["trials"] = trials | _trial_recipe(run)
     path = folder / "mask.json"
     if (mask := _finished(path, cfg, facts)) is not None:
+        refinement.forget(job_.out)  # what a kill left
         log.info("search: finished before; keeping layers %s", list(mask.keep))
         return mask
 
@@ -280,7 +281,8 @@ def selector_mask(job_: Job, name: str, keep: int, tokens: int | None = None) ->
     windows, as large as those tokens through masked models allow, which the run's seed draws.
     """
     cfg, rule = job_.cfg, registry.SELECTORS[name]
-    protect, force = search.fixed_layers(job_.run.search, cfg.num_layers)
+    spec = dataclasses.replace(job_.run.search, keep=keep)
+    protect, force = search.fixed_layers(spec, cfg.num_layers)
     task = Task(
         cfg.num_layers,
         keep,

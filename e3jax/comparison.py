@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from e3jax import choice, files, job, ledger, processes, recovery
+from e3jax.errors import Diverged
 from e3jax.evaluate import compared, table
 from e3jax.evaluate.compared import Result
 from e3jax.evaluate.rows import Row
@@ -51,10 +52,12 @@ def _result(job_: Job, name: str, keep: int, tokens: int, out: pathlib.Path) -> 
         choose = functools.partial(choice.search_mask, job_)
     else:
         choose = functools.partial(choice.selector_mask, job_, name, keep, tokens)
-    spec = {"selector": name, "search": job_.run.search, "tokens": tokens}
     with ledger.stage(out, f"choose {name}"):
-        seconds = _timed(job_, job_.out / name, spec, choose)
-        mask = choose()  # read back
+        begun = time.monotonic()
+        mask = choose()
+        spent = _since(begun)
+    made_by = {"selector": name, "tokens": tokens, "config": mask.config}
+    seconds = _kept(job_, job_.out / name, made_by, lambda: spent)
     place, bare = mask.place, dataclasses.replace(mask, tokens=0)  # rows may be shared
     with ledger.stage(out, "evaluate"):
         raw = table.measure(job_, f"{place} raw", bare, lambda: recovery.survivors(job_, mask))
@@ -72,8 +75,20 @@ def _result(job_: Job, name: str, keep: int, tokens: int, out: pathlib.Path) -> 
     if not job_.run.compare.recover:
         return result
     recover = functools.partial(recovery.recover, job_, mask, job_.out / place)
-    with ledger.stage(out, "distill"):
-        seconds = _timed(job_, job_.out / place, {"recipe": job_.run.distill.facts()}, recover)
+
+    def timed() -> float:
+        begun = time.monotonic()
+        recover()
+        return _since(begun)
+
+    facts = job_.run.distill.facts()
+    recipe = {key: facts[key] for key in facts if key not in recovery.NO_RESULT}
+    try:
+        with ledger.stage(out, "distill"):
+            seconds = _kept(job_, job_.out / place, {"recipe": recipe}, timed)
+    except Diverged as error:  # no reason to leave the others out
+        log.warning("compare: seed %d, %s: not recovered: %s", result.seed, name, error)
+        return result
     with ledger.stage(out, "evaluate"):
         row = table.measure_student(job_, f"{place} recovered", recover, bare, place)
     return dataclasses.replace(
@@ -84,18 +99,20 @@ def _result(job_: Job, name: str, keep: int, tokens: int, out: pathlib.Path) -> 
     )
 
 
-def _timed(
-    job_: Job, folder: pathlib.Path, facts: dict[str, Any], work: Callable[[], Any]
+def _since(begun: float) -> float:
+    """Seconds, times the devices."""
+    return (time.monotonic() - begun) * jax.device_count()
+
+
+def _kept(
+    job_: Job, folder: pathlib.Path, made_by: dict[str, Any], seconds: Callable[[], float]
 ) -> float:
-    """Seconds of `work`, times the devices, kept in `folder`: of the attempt that finished it."""
+    """The seconds of the attempt that finished what is in `folder`, be it an earlier one than this.
 
-    def make() -> float:
-        begun = time.monotonic()
-        work()
-        return (time.monotonic() - begun) * jax.device_count()
-
-    facts = job_.inputs(**facts, train=job_.train.fingerprint)
-    return job.once(folder / "seconds.json", facts, make)
+    made_by: what decides the result; what only its memory depends on would have it timed again,
+    when it is only read."""
+    facts = job_.inputs(**made_by, train=job_.train.fingerprint)
+    return job.once(folder / "seconds.json", facts, seconds)
 
 
 def _tell(result: Result) -> None:
@@ -115,6 +132,9 @@ def summary(results: Sequence[Result]) -> str:
     text = "nothing trained\n" + table.align(_shown(compared.lines(results, "raw")))
     if recovered := compared.lines(results, "recovered"):
         text += "\n\nafter the same recovery\n" + table.align(_shown(recovered))
+        there = {line.selector for line in recovered}
+        if gone := [x for x in dict.fromkeys(r.selector for r in results) if x not in there]:
+            text += f"\nnot recovered, for the training diverged: {', '.join(gone)}"
     return text
 
 
@@ -122,7 +142,7 @@ def _shown(lines: Sequence[compared.Line]) -> list[dict[str, str]]:
     shown = []
     for line in lines:
         cells = {
-            "selector": line.selector,
+            "selector": line.title,
             "KL": f"{line.mean:.4f}",
             "spread": f"{line.spread:.4f}",
         }

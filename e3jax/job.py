@@ -45,22 +45,22 @@ class Job:
     source: pathlib.Path  # the dense checkpoint's folder
     identity: str  # hash of that checkpoint
     cfg: ModelConfig
-    load: Callable[[], Params]
+    load: Any  # functools.cache of () -> Params: jobs that share it share these too
     tokenizer: Any
 
     @property
     def dtype(self) -> Any:
         return DTYPES[self.run.model.dtype]
 
-    @functools.cached_property
+    @property
     def params(self) -> Params:
         """The dense model's, in the dtype they are stored in; read when first asked for: where all
         was done before, never, but for what a recovery with `distill.freeze` did not train."""
         return self.load()
 
     def release(self) -> None:
-        """Keeps the dense model's parameters no longer; who asks for them again has them read."""
-        self.__dict__.pop("params", None)
+        """The dense parameters are kept no longer; who asks for them again has them read."""
+        self.load.cache_clear()
 
     def having(self, **changes: Any) -> "Job":
         """The same job with other fields, in another folder for one; what was read is shared, where
@@ -143,7 +143,7 @@ def open_job(run: config.Run) -> Job:
         source=source,
         identity=identity,
         cfg=cfg,
-        load=functools.partial(load.load_params, source, cfg),
+        load=functools.cache(functools.partial(load.load_params, source, cfg)),
         tokenizer=tokenizer,
     )
 
@@ -162,7 +162,7 @@ def in_memory(
         source=pathlib.Path(run.model.path),
         identity="in memory",
         cfg=cfg,
-        load=lambda: params,
+        load=functools.cache(lambda: params),
         tokenizer=None,
     ).on(train, held_out)
 
@@ -197,18 +197,18 @@ def check_window(run: config.Run, cfg: ModelConfig) -> None:
         )
 
 
-def check_batches(run: config.Run, command: str) -> None:
-    """Raises UserError where the mesh that is set cannot share the batches of the stages evenly.
+def check_batches(run: config.Run, *, search: bool, distill: bool) -> None:
+    """Raises UserError where the mesh that is set cannot share the batches of these stages evenly.
 
     They are never filled up: what a step learns must not depend on the number of devices.
     """
-    if run.distill.mask is None or command == "search":
+    if search:
         mesh.check_shared("search.batch", run.search.batch)
         mesh.check_shared("search.microbatch", run.search.together)
-    if command == "search" and run.search.candidates == 1 and not run.search.adapt_steps:
-        return
-    mesh.check_shared("distill.batch", run.distill.batch)
-    mesh.check_shared("distill.microbatch", run.distill.together)
+    trains = search and (run.search.candidates > 1 or run.search.adapt_steps)
+    if distill or trains:
+        mesh.check_shared("distill.batch", run.distill.batch)
+        mesh.check_shared("distill.microbatch", run.distill.together)
 
 
 @contextlib.contextmanager

@@ -60,7 +60,8 @@ def execute(command: str, run: config.Run, *, dry_run: bool = False) -> None:
             return
         begun = processes.from_first(lambda: [(out / x).exists() for x in ("search", "distill")])
         if not any(begun) and command in ("run", "search", "distill", "compare", "sweep"):
-            job.check_batches(run, command)  # now, not after the search
+            searched = run.distill.mask is None or command == "search"
+            job.check_batches(run, search=searched, distill=command != "search")  # before it all
             if command != "search":
                 teaching.check_free(run, out)
         path, run = _targeted(run, command)
@@ -131,7 +132,8 @@ def _budget(run: config.Run, command: str, path: pathlib.Path) -> budget.Budget:
 
 
 def _resolved(run: config.Run, cfg: ModelConfig, command: str) -> config.Run:
-    """The run with search.keep as a given mask has it, and without a mask that is not used."""
+    """The run with search.keep as a given mask has it and no layer fixed, which is of a search; and
+    without a mask that is not used."""
     given = _given_mask(run, cfg.num_layers)
     if given is None or command in ("search", "compare", "sweep"):
         return dataclasses.replace(run, distill=dataclasses.replace(run.distill, mask=None))
@@ -296,10 +298,11 @@ def _evaluate(job_: Job, mask: Mask) -> tuple[Params, list[table.Row]]:
     rows = [dense, _raw_row(job_, mask)]
     student: Params | None = _recover(job_, mask, "distill")
     rows.append(_recovered_row(job_, student, mask, "distill"))
+    rival = job_.having(run=_resolved(job_.run, job_.cfg, "evaluate"))
     for name in job_.run.evaluate.baselines:
         student = None
         with ledger.stage(job_.out, name):
-            other = choice.selector_mask(job_, name, len(mask.keep))
+            other = choice.selector_mask(rival, name, len(mask.keep))
         rows.append(_raw_row(job_, other))
         try:
             theirs = _recover(job_, other, name)

@@ -30,7 +30,8 @@ def train(run: config.Run, out: pathlib.Path) -> None:
         start: dict[str, Any] = {"model": job_.identity}
 
         def make_params(cfg: ModelConfig) -> Params:
-            whole = job_.load()  # kept by nobody else: they are trained in their place
+            whole = job_.params
+            job_.release()  # kept by nobody else: they are trained in their place
             return whole if cfg == job_.cfg else decoder.take_layers(whole, job_.cfg, rehearsal.TWO)
 
     else:

@@ -6,6 +6,7 @@ it now.
 """
 
 import dataclasses
+import functools
 import logging
 import pathlib
 import shutil
@@ -100,7 +101,7 @@ def play(job_: Job, command: str, run: config.Run, folder: pathlib.Path) -> None
         run=run,
         out=folder,
         cfg=job_.cfg.take_layers(layers),
-        load=lambda: decoder.take_layers(job_.params, job_.cfg, layers),
+        load=functools.cache(lambda: decoder.take_layers(job_.params, job_.cfg, layers)),
     )
     mask = Mask(num_layers=len(layers), keep=layers[:-1], order=layers[-1:])
     if run.distill.mask is None or command == "search":

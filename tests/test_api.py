@@ -17,7 +17,7 @@ import e3jax
 from e3jax import configure, outputs, pipeline
 from e3jax.hf.export import export_new
 from e3jax.models import decoder
-from training_tiny import CFG, assert_bitwise, dense_params
+from training_tiny import CFG, assert_bitwise, dense_params, set_mesh
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXACT = {"model": {"dtype": "float32", "remat": "none"}, "seed": 3}
@@ -183,6 +183,19 @@ def test_recovery_without_a_step_is_the_slice():
     given = {"distill": {"steps": 0, "batch": 8, "weight": "uniform"}}
     student = e3jax.recover(params, CFG, [0, 2], TOKENS, HELD_OUT, **given, **EXACT)
     assert_bitwise(student, e3jax.take_layers(params, CFG, [0, 2]))
+
+
+def test_devices_share_the_batches_of_a_stage_and_no_others():
+    params = dense_params()
+    with set_mesh(1, 2, 1):
+        given = {"distill": {"steps": 0, "batch": 8, "weight": "uniform"}, "search": {"batch": 3}}
+        student = e3jax.recover(params, CFG, [0, 2], TOKENS, HELD_OUT, **given, **EXACT)
+        assert_bitwise(student, e3jax.take_layers(params, CFG, [0, 2]))
+        assert len(e3jax.importance(params, CFG, TOKENS, **given, **EXACT)) == CFG.num_layers
+        with pytest.raises(e3jax.UserError, match=r"search\.batch=3"):
+            e3jax.search_mask(params, CFG, TOKENS, HELD_OUT, keep=3, **given, **EXACT)
+        with pytest.raises(e3jax.UserError, match=r"distill\.batch=3"):
+            e3jax.recover(params, CFG, [0, 2], TOKENS, HELD_OUT, distill={"batch": 3}, **EXACT)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from e3jax import cli, commands, config, configure, files, ledger, mask, recovery
+from e3jax.errors import Diverged
 from e3jax.evaluate import intervals
 from e3jax.report import facts, words
 from e3jax.selectors import registry
@@ -166,6 +167,35 @@ def test_given_again_nothing_is_done_again(place, monkeypatch, capsys):
     assert compare(place) == 0
     assert (place / "out" / "compare.json").read_bytes() == before
     assert "sleb" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_reads_it_back_is_not_timed(place):
+    path = place / "out" / "compare.json"
+    before = json.loads(path.read_text())
+    assert compare(place, "distill.checkpoint_every=2", "search.checkpoint_every=3") == 0
+    assert json.loads(path.read_text()) == before
+
+
+@pytest.mark.slow
+def test_a_recovery_that_diverges_leaves_the_others(place, tmp_path, monkeypatch, caplog):
+    real, gone = recovery.recover, {("shortgpt", 4), ("tail", 3), ("tail", 4)}
+
+    def recover(job_, mask, *more):
+        if (mask.selector, job_.run.seed) in gone:
+            raise Diverged("planted")
+        return real(job_, mask, *more)
+
+    monkeypatch.setattr(recovery, "recover", recover)
+    monkeypatch.setattr(ledger, "FROM_S", 0.0)
+    assert compare(place, f"out={tmp_path}/out", "compare.selectors=[random, shortgpt, tail]") == 0
+    results = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert {(r["selector"], r["seed"]) for r in results if r["recovered"] is None} == gone
+    text = (tmp_path / "out" / "compare.txt").read_text()
+    assert "shortgpt (1 of 2 seeds)" in text
+    assert "not recovered, for the training diverged: tail" in text
+    assert "seed 3, tail: not recovered: planted" in caplog.text
+    assert not Page((tmp_path / "out" / "report.html").read_text()).wrong
 
 
 @pytest.mark.slow

@@ -196,20 +196,28 @@ def test_problems(tmp_path, tokenizer_folder, chat_folder):
         {"prompt": "w3", "answer": 8, "messages": CONVERSATION[:1]},
     ]
     path = write(tmp_path / "t.jsonl", rows)
-    plain = problems(Source(path=path, format="completion"), load_tokenizer(tokenizer_folder), 64)
+    of = lambda source, *more: list(problems(source, *more))
+    plain = of(Source(path=path, format="completion"), load_tokenizer(tokenizer_folder), 64)
     assert [(words_of(p.prompt_ids), p.prompt, p.answer) for p in plain] == [
         ("<bos> w1 w2", "w1 w2", "7"),
         ("<bos> w3", "w3", "8"),
     ]
-    chat = problems(Source(path=path), load_tokenizer(chat_folder(CHAT)), 64)
+    chat = of(Source(path=path), load_tokenizer(chat_folder(CHAT)), 64)
     assert [words_of(p.prompt_ids) for p in chat] == [
         "user: w1 w2 <eos> assistant: w3 <eos> user: w4 <eos> assistant:",
         "user: w1 w2 <eos> assistant:",
     ]
     with pytest.raises(UserError, match="row 0: no answer in field 'gold'"):
-        problems(Source(path=path, answer="gold"), load_tokenizer(tokenizer_folder), 64)
+        of(Source(path=path, answer="gold"), load_tokenizer(tokenizer_folder), 64)
     with pytest.raises(UserError, match="row 0: a prompt of 3 tokens fills the model's context"):
-        problems(Source(path=path, format="completion"), load_tokenizer(tokenizer_folder), 3)
+        of(Source(path=path, format="completion"), load_tokenizer(tokenizer_folder), 3)
+    # A row that nobody asks for may be wrong.
+    path = write(tmp_path / "more.jsonl", [*rows, {"prompt": "w4"}])
+    source = Source(path=path, format="completion")
+    rows = problems(source, load_tokenizer(tokenizer_folder), 64)
+    assert [next(rows).answer, next(rows).answer] == ["7", "8"]
+    with pytest.raises(UserError, match="row 2: no answer"):
+        next(rows)
 
 
 def test_an_instruction_ends_the_prompt(tmp_path, tokenizer_folder, chat_folder, data):
@@ -218,9 +226,9 @@ def test_an_instruction_ends_the_prompt(tmp_path, tokenizer_folder, chat_folder,
     path = write(tmp_path / "rows.jsonl", [row])
     chat = load_tokenizer(chat_folder(CHAT))
     told = Source(path=path, format="chat", instruction=" w9")
-    assert problems(told, chat, 99)[0].prompt == "user: w1 w2 w9 <eos>\nassistant: "
+    assert next(problems(told, chat, 99)).prompt == "user: w1 w2 w9 <eos>\nassistant: "
     plain = Source(path=path, instruction=" w9")
-    assert problems(plain, load_tokenizer(tokenizer_folder), 99)[0].prompt == "w1 w2 w9"
+    assert next(problems(plain, load_tokenizer(tokenizer_folder), 99)).prompt == "w1 w2 w9"
     windows = tokenize([plain], data(), tokenizer_folder)
     assert [words_of(ids) for ids, _ in documents(windows)] == ["<bos> w1 w2 w9 w3 <eos>"]
     other = tokenize([Source(path=path)], data(), tokenizer_folder)
@@ -228,7 +236,7 @@ def test_an_instruction_ends_the_prompt(tmp_path, tokenizer_folder, chat_folder,
     turns = [{"role": "user", "content": "w1"}]
     path = write(tmp_path / "turns.jsonl", [{"messages": turns, "answer": "5"}])
     with pytest.raises(UserError, match="instruction"):
-        problems(Source(path=path, instruction=" w9"), chat, 99)
+        next(problems(Source(path=path, instruction=" w9"), chat, 99))
     path = write(tmp_path / "plain.jsonl", [{"text": "w1"}])
     with pytest.raises(UserError, match="plain text has none"):
         tokenize([Source(path=path, instruction=" w9")], data(), tokenizer_folder)

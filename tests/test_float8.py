@@ -10,8 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from e3jax import devices, mesh
+from e3jax import devices, hopper, mesh
 from e3jax.distill import distill
+from e3jax.hopper import rows
 from e3jax.models import decoder, float8, layer
 from e3jax.training.optim import make_optimizer
 from sharded_tiny import MODELS, numbers
@@ -111,13 +112,13 @@ def test_what_goes_into_down_by_kernel(hopper_kernels, sizes):
 def near(found, wanted):
     """Whether numbers times scales are the nearest to what is wanted, in float64 [B, T, ...]."""
     numbers, scale = (np.asarray(v, np.float64) for v in found)
-    rows = wanted.reshape(*wanted.shape[:2], -1)
-    numbers, scale = numbers.reshape(rows.shape), scale[..., None]
+    flat = wanted.reshape(*wanted.shape[:2], -1)
+    numbers, scale = numbers.reshape(flat.shape), scale[..., None]
     assert np.isfinite(scale).all() and not numbers[1, 2].any()  # which is a row of zeros
-    np.testing.assert_allclose(scale[..., 0], np.abs(rows).max(-1) / 448, rtol=1e-4, atol=1e-29)
+    np.testing.assert_allclose(scale[..., 0], np.abs(flat).max(-1) / 448, rtol=1e-4, atol=1e-29)
     # A half of e4m3's last bit, and of the bit of bfloat16 in which a row waits.
-    bound = (2**-4 + 2**-8) * np.abs(rows) + 2**-10 * scale
-    assert (np.abs(numbers * scale - rows) <= bound).all()
+    bound = (2**-4 + 2**-8) * np.abs(flat) + 2**-10 * scale
+    assert (np.abs(numbers * scale - flat) <= bound).all()
     assert np.abs(numbers).max(-1)[0, 0] == 448
 
 
@@ -154,6 +155,22 @@ def test_tokens_by_kernel(hopper_kernels, sizes, normed):
     if normed:
         x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * np.float32(scale)
     near(found, x)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_several_rows_a_program(hopper_kernels, monkeypatch, stages):
+    """Slots of shared memory are taken again, and there are programs without a row."""
+    for module in (hopper, rows):
+        monkeypatch.setattr(module, "PROCESSORS", 4)
+    monkeypatch.setattr(rows, "PROGRAMS", 1)
+    monkeypatch.setattr(rows, "STAGES", stages)
+    for count in (3, 14):
+        x = np.random.default_rng(0).normal(size=(1, count, 512)) ** 3
+        x[0, 1] *= 1e3
+        x = np.float64(jnp.bfloat16(x))
+        numbers, scale = rows.rounded_rows(jnp.bfloat16(x[0]))
+        found = np.float64(numbers) * np.float64(scale)[:, None]
+        assert (np.abs(found - x[0]) <= 2**-4 * np.abs(x[0]) + 2**-10 * scale[:, None]).all()
 
 
 def test_a_layer_reads_rounded_norms_by_kernel(hopper_kernels, monkeypatch):

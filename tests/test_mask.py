@@ -21,6 +21,13 @@ def test_written_by_hand(tmp_path):
     assert mask.chosen_by == "a mask of unknown origin"
 
 
+def test_a_file_name_for_any_choice():
+    assert Mask(4, (0, 3), order=(2, 1)).place == "without-1-2"
+    deep = [Mask(126, range(kept, 126), order=tuple(range(kept))) for kept in (26, 100)]
+    names = {mask.place for mask in deep}
+    assert len(names) == 2 and max(map(len, names)) < 150
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import html
 import json
@@ -18,7 +19,7 @@ import transformers
 from matplotlib.image import imread
 
 import e3jax
-from e3jax import cli, files, outputs
+from e3jax import cli, configure, files, job, outputs
 from e3jax.data.batches import prefetch
 from e3jax.distill import distill
 from e3jax.evaluate import exact
@@ -354,6 +355,29 @@ def test_an_export_killed_before_its_name_is_made_again(copy, place):
 
 
 # ---------------------------------------------------------------- other ways through
+
+
+def test_who_lets_the_dense_model_go_lets_it_go_for_all(tmp_path):
+    read = []
+    load = functools.cache(lambda: read.append(1) or len(read))
+    run = configure.load_run(None, values={"out": str(tmp_path)})
+    one = job.Job(run, tmp_path, tmp_path, "", CFG, load, None)
+    other = one.having(out=tmp_path / "other")
+    assert one.params == other.params == 1
+    other.release()
+    assert one.params == other.params == 2
+
+
+@pytest.mark.slow
+def test_a_given_mask_has_none_of_the_search_s_fixed_layers(place, tmp_path):
+    """A baseline removes as many layers as it, any of them."""
+    file = tmp_path / "mask.json"
+    files.write_json(file, {"num_layers": 4, "keep": [0, 3]})
+    settings = (f"distill.mask={file}", "search.keep=3", "search.force=[1, 2]")
+    assert command(place, "evaluate", f"out={tmp_path}/out", *settings) == 0
+    theirs = files.read_json(tmp_path / "out" / "shortgpt" / "mask.json")
+    free = files.read_json(place / "out" / "shortgpt" / "mask.json")
+    assert theirs["keep"] == free["keep"]
 
 
 @pytest.mark.slow

@@ -378,7 +378,7 @@ def test_documented_commands_share_their_batches():
         with jax.sharding.use_abstract_mesh(
             mesh.abstract_mesh(run.mesh.replica, count // size, run.mesh.model)
         ):
-            job.check_batches(run, "run")
+            job.check_batches(run, search=True, distill=True)
 
 
 PAPER = {

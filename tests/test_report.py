@@ -311,6 +311,29 @@ def test_page_of_a_comparison(tmp_path):
     assert f"distill.mask={tmp_path}/run/seed-3/search/mask.json out=runs/best" in said
 
 
+@pytest.mark.parametrize("seeds", [(4,), (3, 4)])
+def test_comparison_where_recoveries_diverged(tmp_path, seeds):
+    out = make_comparison(tmp_path / "run")
+    results = files.read_json(out / "compare.json")
+    for result in results:
+        if result["selector"] == "sleb" and result["seed"] in seeds:
+            result["recovered"] = None
+    files.write_json(out / "compare.json", results)
+    text = page.render([out])
+    said = Page(text).text.replace("\N{NO-BREAK SPACE}", " ")
+    (chart,) = drawn(text)
+    assert chart["names"] == ["sleb", "e3"]
+    if seeds == (3, 4):
+        assert chart["states"][1]["values"][0] == [None, None] and "sleb (" not in said
+        return
+    # Of seed 3 alone: 5 nats for e3's 4, in the same windows.
+    assert chart["states"][1]["values"][0] == [pytest.approx(5 / 60, rel=1e-4), None]
+    mean, error = intervals.apart([CHOICES["e3", 3][2]], [CHOICES["sleb", 3][2]])
+    assert mean == pytest.approx(1 / 60)
+    assert f"sleb (1 of 2 seeds) 0.0833 0.0000 {mean:+.4f} ± {error:.4f}" in said
+    assert "farther with" not in said.split("After the same recovery")[1].split("\n")[0]
+
+
 def test_comparison_without_recovery_or_windows(tmp_path):
     out = make_comparison(tmp_path / "run", recover=False)
     said = Page(page.render([out])).text

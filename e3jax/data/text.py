@@ -137,13 +137,12 @@ def _make(
     store_windows(_telling(packed, counts), data.window, folder, counts)
 
 
-def problems(source: Source, tokenizer: Any, context: int) -> list[Problem]:
+def problems(source: Source, tokenizer: Any, context: int) -> Iterator[Problem]:
     """The test problems of a source, in order; fields `source.prompt` (or messages) and answer.
 
     Raises UserError that names the row for a missing or empty prompt or answer, and for a prompt
     that leaves no token of the model's `context` for an answer.
     """
-    found = []
     for number, row in open_rows(source):
         where = f"{source.path}: row {number}"
         answer = row.get(source.answer)
@@ -163,8 +162,7 @@ def problems(source: Source, tokenizer: Any, context: int) -> list[Problem]:
                 f"{where}: a prompt of {len(ids)} tokens fills the model's context of {context}; "
                 "leave the row out (`rows` of the source)"
             )
-        found.append(Problem(tuple(ids), prompt.text, str(answer).strip()))
-    return found
+        yield Problem(tuple(ids), prompt.text, str(answer).strip())
 
 
 def summary(windows: Windows) -> str:

@@ -44,14 +44,22 @@ class Line:
     """A selector over the seeds, with nothing trained or recovered: a line of a table."""
 
     selector: str
+    seeds: list[int]  # that there are figures of
     rows: list[Row]  # one a seed, as all lists here
     windows: list[Any]
     tokens: float  # mean of a seed: of choosing, or of the recovery
     teacher_tokens: float | None  # of choosing
     seconds: float
+    diverged: int = 0  # seeds whose recovery did
     # KL less the first selector's in the same windows, with its standard error; None: of the first
     # itself, and where the windows are not on record.
     apart: tuple[float, float | None] | None = None
+
+    @property
+    def title(self) -> str:
+        """The selector, and that some seeds are left out."""
+        total = len(self.seeds) + self.diverged
+        return self.selector + (f" ({len(self.seeds)} of {total} seeds)" if self.diverged else "")
 
     @property
     def kl(self) -> list[float]:
@@ -77,24 +85,34 @@ def lines(results: Sequence[Result], state: str) -> list[Line]:
     """A line a selector, in the order of the results; none where nothing is in that state."""
     found: list[Line] = []
     for name in dict.fromkeys(result.selector for result in results):
-        own = [r for r in results if r.selector == name and getattr(r, state) is not None]
+        every = [result for result in results if result.selector == name]
+        own = [result for result in every if getattr(result, state) is not None]
         if not own:
             continue
         of_rows = [getattr(result, state) for result in own]
         raw = state == "raw"
         line = Line(
             selector=name,
+            seeds=[result.seed for result in own],
             rows=of_rows,
             windows=[getattr(result, f"{state}_windows") for result in own],
             tokens=float(np.mean([r.tokens for r in (own if raw else of_rows)])),
             teacher_tokens=float(np.mean([r.teacher_tokens for r in own])) if raw else None,
             seconds=float(np.mean([r.seconds if raw else r.recovery_seconds for r in own])),
+            diverged=len(every) - len(own),
         )
         if found:
-            apart = intervals.paired(found[0].windows, line.windows)
-            line = dataclasses.replace(line, apart=apart)
+            line = dataclasses.replace(line, apart=apart(found[0], line))
         found.append(line)
     return found
+
+
+def apart(ours: Line, theirs: Line) -> tuple[float, float | None] | None:
+    """KL of theirs less that of ours in the same windows, over the seeds that both have, with its
+    standard error; None where there are none, or the windows are not on record."""
+    both = [seed for seed in ours.seeds if seed in theirs.seeds]
+    windows = [[line.windows[line.seeds.index(seed)] for seed in both] for line in (ours, theirs)]
+    return intervals.paired(*windows) if both else None
 
 
 def nearest_first(found: Sequence[Line]) -> list[Line]:

@@ -95,7 +95,7 @@ def make_plan(
     mesh = cost.Mesh(**devices.shape)
 
     with jax.set_mesh(devices):
-        job.check_batches(run, "run")
+        job.check_batches(run, search=run.distill.mask is None, distill=True)
 
     def measure(step: Any) -> Memory:
         with jax.set_mesh(devices):  # of this thread

@@ -129,20 +129,27 @@ def _dots(comparison: Comparison) -> dict[str, Any]:
     """A row a selector, the nearest to the dense model first; in it a dot a seed and state."""
     shown = compared.nearest_first(comparison.raw)
     states = {"nothing trained": comparison.raw, "recovered": comparison.recovered}
-    values = {
-        state: {line.selector: [_finite(kl) for kl in line.kl] for line in lines}
-        for state, lines in states.items()
-        if lines
-    }
+    seeds = list(dict.fromkeys(result.seed for result in comparison.results))
+
+    def dots(name: str, lines: Sequence[compared.Line]) -> list[float | None]:
+        found = {
+            seed: _finite(kl)
+            for line in lines
+            if line.selector == name
+            for seed, kl in zip(line.seeds, line.kl, strict=True)
+        }
+        return [found.get(seed) for seed in seeds]
+
     return {
         "kind": "dots",
         "title": "Distance from the dense model",
         "xlabel": records.KL,
         "names": [line.selector for line in shown],
-        "seeds": list(dict.fromkeys(result.seed for result in comparison.results)),
+        "seeds": seeds,
         "states": [
-            {"name": state, "values": [found[line.selector] for line in shown]}
-            for state, found in values.items()
+            {"name": state, "values": [dots(line.selector, lines) for line in shown]}
+            for state, lines in states.items()
+            if lines
         ],
     }
 

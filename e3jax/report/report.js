@@ -278,7 +278,7 @@ function dots(place, chart) {
   }
   const low = Math.min(...all) / 1.3, high = Math.max(...all) * 1.3;
   const told = names.map((name, i) =>
-    `${name} ${states.map((state) => `${state.name} ${state.values[i].map(number).join(", ")}`).join("; ")}`);
+    `${name} ${states.map((state) => `${state.name} ${state.values[i].filter((value) => value !== null).map(number).join(", ")}`).join("; ")}`);
 
   return (width) => {
     const svg = canvas(width, tall, `${chart.title}: ${told.join(". ")}`);

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from e3jax.evaluate import compared, intervals
+from e3jax.evaluate import compared
 from e3jax.report import records
 from e3jax.report.facts import Comparison, Facts
 
@@ -78,14 +78,15 @@ def _nearest(lines: Sequence[compared.Line], unit: str = "") -> str:
     if not others or not math.isfinite(others[0].mean):
         return text
     after = others[0]
-    apart, error = intervals.paired(best.windows, after.windows) or (after.mean - best.mean, None)
+    apart, error = compared.apart(best, after) or (after.mean - best.mean, None)
     text += f"; {after.selector} is next, {figure(apart, error)} farther"
     if error:
         times = "no more than" if apart <= error else f"{apart / error:.1f} times"
         text += f", {times} that standard error over windows"
-    if (seeds := len(best.kl)) > 1:
-        farther = sum(theirs > ours for ours, theirs in zip(best.kl, after.kl))
-        text += f", and farther with {farther} of {seeds} seeds"
+    ours, theirs = (dict(zip(line.seeds, line.kl, strict=True)) for line in (best, after))
+    if len(both := ours.keys() & theirs.keys()) > 1:
+        farther = sum(theirs[seed] > ours[seed] for seed in both)
+        text += f", and farther with {farther} of {len(both)} seeds"
     return text
 
 
@@ -124,8 +125,9 @@ def commands(run: Facts) -> list[tuple[str, str]]:
 
 def _best(run: Facts, comparison: Comparison) -> list[tuple[str, str]]:
     """How to have the choice of least KL as a model."""
+    results = [x for x in comparison.results if x.recovered is not None] or comparison.results
     kl = lambda result: (result.recovered or result.raw).kl  # noqa: E731
-    best = min(comparison.results, key=lambda x: kl(x) if math.isfinite(kl(x)) else math.inf)
+    best = min(results, key=lambda x: kl(x) if math.isfinite(kl(x)) else math.inf)
     path = compared.mask_file(run.out, best)
     place, mask = shlex.quote(str(run.out)), shlex.quote(str(path))
     who = f"the one choice of least KL, of {best.selector} with seed {best.seed}"
