@@ -178,9 +178,8 @@ def _start(spec: config.Search, cfg: ModelConfig) -> Mask | None:
 
 def _trial_recipe(run: config.Run) -> dict[str, Any]:
     """What of a candidate's recovery decides its result."""
-    fields = run.distill.facts()
-    for key in (*recovery.NO_RESULT, "steps", "evaluate_every"):
-        fields.pop(key, None)
+    fields = recovery.decides(run.distill)
+    del fields["steps"], fields["evaluate_every"]
     return {"recipe": fields, "windows": run.search.refine_windows}
 
 

@@ -81,8 +81,7 @@ def _result(job_: Job, name: str, keep: int, tokens: int, out: pathlib.Path) -> 
         recover()
         return _since(begun)
 
-    facts = job_.run.distill.facts()
-    recipe = {key: facts[key] for key in facts if key not in recovery.NO_RESULT}
+    recipe = recovery.decides(job_.run.distill)
     try:
         with ledger.stage(out, "distill"):
             seconds = _kept(job_, job_.out / place, {"recipe": recipe}, timed)

@@ -68,7 +68,7 @@ class Mask:
         """A file name for the layers removed and what is merged."""
         gone = "-".join(map(str, sorted(self.order)))
         if len(gone) > 120:  # a file's name has at most 255 bytes, with what is put around this
-            gone = f"{len(self.order)}-layers-{fingerprint(sorted(self.order))[:16]}"
+            gone = f"{len(self.order)}-layers-{fingerprint(sorted(self.order))}"
         merged = f"-merged-{fingerprint(self.merges)[:8]}" if self.merges else ""
         return f"without-{gone}{merged}"
 

@@ -132,11 +132,15 @@ def _budget(run: config.Run, command: str, path: pathlib.Path) -> budget.Budget:
 
 
 def _resolved(run: config.Run, cfg: ModelConfig, command: str) -> config.Run:
-    """The run with search.keep as a given mask has it and no layer fixed, which is of a search; and
-    without a mask that is not used."""
+    """The run with search.keep as a given mask has it, and without a mask that is not used."""
     given = _given_mask(run, cfg.num_layers)
     if given is None or command in ("search", "compare", "sweep"):
         return dataclasses.replace(run, distill=dataclasses.replace(run.distill, mask=None))
+    return _with_given(run, given)
+
+
+def _with_given(run: config.Run, given: Mask) -> config.Run:
+    """The run with as many layers as a given mask keeps, of which none was fixed."""
     spec = dataclasses.replace(run.search, keep=len(given.keep), protect=(), force=())
     return dataclasses.replace(run, search=spec)
 
@@ -296,9 +300,10 @@ def _evaluate(job_: Job, mask: Mask) -> tuple[Params, list[table.Row]]:
     with ledger.stage(job_.out, "evaluate"):
         dense = table.measure_dense(job_)
     rows = [dense, _raw_row(job_, mask)]
+    searched = job_.run.distill.mask is None
+    rival = job_ if searched else job_.having(run=_with_given(job_.run, mask))
     student: Params | None = _recover(job_, mask, "distill")
     rows.append(_recovered_row(job_, student, mask, "distill"))
-    rival = job_.having(run=_resolved(job_.run, job_.cfg, "evaluate"))
     for name in job_.run.evaluate.baselines:
         student = None
         with ledger.stage(job_.out, name):

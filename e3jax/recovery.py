@@ -29,6 +29,11 @@ NO_RESULT = ("checkpoint_every", "cache", "mask", "microbatch", "chunk")
 CALIBRATION_WINDOWS = 64  # whose mean teacher entropy is the H of the token weights
 
 
+def decides(recipe: config.Distill) -> dict[str, Any]:
+    """What of a recipe decides the result, by name."""
+    return {key: value for key, value in recipe.facts().items() if key not in NO_RESULT}
+
+
 def survivors(job_: Job, mask: Mask) -> Params:
     """The layers that a mask keeps, with what it merges into them."""
     return laco.survivors(job_.params, job_.cfg, mask.keep, mask.merges)
@@ -182,9 +187,10 @@ def train_student(
             arrays["stored"] = teaching.read_rows(stored.train, arrays["index"])
         return arrays
 
-    decides = recipe.facts()
-    for key in (*NO_RESULT, *(key for key in ("hidden", "fit", "freeze") if not decides[key])):
-        del decides[key]
+    facts = decides(recipe)
+    for key in ("hidden", "fit", "freeze"):
+        if not facts[key]:
+            del facts[key]
     state = fit(
         name,
         step,
@@ -193,7 +199,7 @@ def train_student(
         like=distill.abstract_state(cfg, optimizer, frozen),
         steps=recipe.steps,
         folder=folder,
-        inputs=files.plain_tree(inputs | {"recipe": decides, "train": train.fingerprint}),
+        inputs=files.plain_tree(inputs | {"recipe": facts, "train": train.fingerprint}),
         checkpoint_every=recipe.checkpoint_every,
         evaluate=evaluate,
         evaluate_every=recipe.evaluate_every,

@@ -125,9 +125,7 @@ def _adapted(
     def measured(_: int, state: distill.TrainState) -> tuple[distill.TrainState, dict]:
         return state, {"held_out_kl": figures(job_.params, state.params, held_out, answer).kl}
 
-    decides = recipe.facts()
-    for key in recovery.NO_RESULT:
-        del decides[key]
+    decides = recovery.decides(recipe)
     folder = job_.out / "search" / "adapted"
     state = fit(
         "adapt",

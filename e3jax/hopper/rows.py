@@ -78,40 +78,39 @@ def _rounded(
     layout = gpu.Layout.WG_STRIDED((GROUPS, LANES), vec_size=4)
 
     def body(*refs):
-        *given, out_ref, scale_ref = refs
-        array_refs, scale_refs = given[: len(arrays)], given[len(arrays) :]
+        array_refs, scale_refs = refs[: len(arrays)], refs[len(arrays) :][: len(scales)]
+        *weight_refs, out_ref, scale_ref = refs[len(arrays) + len(scales) :]
         first = jax.lax.axis_index("sm")
 
         def row_of(step):
             return first + step * count
 
         def take(shared, at: int) -> jax.Array:
-            part = shared[pl.ds(at * GROUPS, GROUPS), :]
-            return gpu.layout_cast(part, layout).astype(jnp.float32)
+            taken = shared[pl.ds(at * GROUPS, GROUPS), :]
+            return gpu.layout_cast(taken, layout).astype(jnp.float32)
 
         def everywhere(x: float) -> jax.Array:
             return gpu.layout_cast(jnp.full((GROUPS, LANES), x, jnp.float32), layout)
 
-        def with_space(out_shared, *of_weight):
-            if of_weight:
-                weight_shared, barrier = of_weight
-                gpu.copy_gmem_to_smem(given[-1], weight_shared, barrier)
+        def with_space(out_shared, barrier=None, *weight_shared):
+            for ref, shared in zip(weight_refs, weight_shared, strict=True):
+                gpu.copy_gmem_to_smem(ref, shared, barrier)
                 gpu.barrier_wait(barrier)
 
             def step(index, *shared):
                 row = row_of(index[0])
-                of_row = [ref[row] for ref in scale_refs[: len(scales)]]
+                of_row = [ref[row] for ref in scale_refs]
                 top, squares, kept = everywhere(TINY), everywhere(0.0), []
                 for at in range(groups // GROUPS):
-                    parts = [take(each, at) for each in (*shared, *of_weight[:1])]
-                    if of_weight:
+                    parts = [take(each, at) for each in (*shared, *weight_shared)]
+                    if weight_shared:
                         squares += parts[0] * parts[0]
                     y = part(*parts, *of_row)
                     top = jnp.maximum(top, jnp.abs(y))
                     kept.append(y.astype(jnp.bfloat16))  # a row in float32 is too many registers
                 greatest = jnp.max(top)
                 scale = greatest / GREATEST
-                if of_weight:
+                if weight_shared:
                     scale *= jax.lax.rsqrt(jnp.sum(squares) / width + eps)
                 scale_ref[row] = scale
                 factor = GREATEST / greatest
@@ -135,7 +134,7 @@ def _rounded(
 
         @pl.when(first < rows)
         def _():
-            of_weight = [gpu.SMEM((groups, LANES), jnp.float32), gpu.Barrier()] if weights else []
+            of_weight = [gpu.Barrier(), gpu.SMEM((groups, LANES), jnp.float32)] if weights else []
             pl.run_scoped(with_space, gpu.SMEM((groups, LANES), E4M3), *of_weight)
 
     numbers, scale = kernel(

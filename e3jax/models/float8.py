@@ -133,8 +133,7 @@ def has_kernel(gate: Any, up: Any) -> bool:
 
 def _multiplied(expr: str, x: Rounded, w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """The product of the numbers, bfloat16."""
-    rows = x.scale.ndim
-    shape = (*x.numbers.shape[:rows], *w.shape[: len(axes) - rows])
+    shape = (*x.scale.shape, *w.shape[: len(axes) - 2])
     return jnp.einsum(
         expr, x.numbers, w, preferred_element_type=jnp.bfloat16, out_sharding=mesh.out(axes, shape)
     )
